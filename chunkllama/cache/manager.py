@@ -302,9 +302,8 @@ class CacheManager:
         if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
             num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
-        if chunks.insert_limit:
-            key = encode_tokens(tokens[:num_computed])
-            self.record_prompt(key, chunks.insert_limit, chunks.tenant, chunks.namespace)
+        shown = encode_tokens(tokens[:num_computed]) if chunks.insert_limit else b""
+        self.record_prompt(chunks, shown)
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.private_ids
@@ -324,6 +323,7 @@ class CacheManager:
 
     def discard(self, chunks: SequenceChunks) -> None:
         """Release a sequence and drop everything that it alone computed."""
+        self.record_prompt(chunks)
         own = chunks.path[chunks.num_shared :]
         private = chunks.private_ids
         chunks.meter += len(private) * self._clock()
@@ -380,9 +380,18 @@ class CacheManager:
         """Explain why the match of all tokens but the last ended; see ``explain_match``."""
         return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
 
-    def record_prompt(self, key: bytes, num_stored: int, tenant: str, namespace: str) -> None:
-        """Record a prompt that a tenant has sent, of which ``num_stored`` tokens may be stored."""
-        self.history.record(tenant, namespace, key, num_stored)
+    def record_prompt(self, chunks: SequenceChunks, ended: bytes = b"") -> None:
+        """Record the prompt of a sequence for explanations, unless it is there or ``ended`` has it.
+
+        Args:
+            ended: what an ended sequence has computed and may show, encoded; recorded, too.
+        """
+        tenant, namespace, prompt = chunks.tenant, chunks.namespace, chunks.unrecorded
+        chunks.unrecorded = None
+        if prompt is not None and len(prompt[0]) > len(ended):
+            self.history.record(tenant, namespace, *prompt)
+        if ended:
+            self.history.record(tenant, namespace, ended, chunks.insert_limit)
 
     def check_invariants(self, live: Iterable[SequenceChunks], *, in_step: bool = False) -> None:
         """Check ``cache/invariants.py``, given the chunks of all live sequences."""

@@ -39,7 +39,7 @@ def common_prefix(a: bytes, b: bytes) -> int:
     same, end = 0, min(len(a), len(b))
     while end - same > _FEW_BYTES:
         middle = (same + end) // (2 * TOKEN_BYTES) * TOKEN_BYTES
-        if a[same:middle] == b[same:middle]:
+        if a.startswith(b[same:middle], same):
             same = middle
         else:
             end = middle

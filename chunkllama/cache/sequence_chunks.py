@@ -35,6 +35,8 @@ class SequenceChunks:
         next_publish: number of computed tokens at which a chunk may become a node.
         num_dropped: places behind the path whose chunks were freed; their ids are ``DROPPED``.
         copies: (source, destination, tokens) to be done before the sequence's next slice.
+        unrecorded: its prompt, encoded, and how many tokens of it may be stored, until the tenant's
+            record has it.
         meter: chunk-seconds of the chunks it no longer has, less, for each that it has, the clock
             (of a node: its edge's integral) when it got it; see ``usage.py``.
     """
@@ -52,6 +54,7 @@ class SequenceChunks:
         "num_whole",
         "path",
         "tenant",
+        "unrecorded",
     )
 
     def __init__(
@@ -71,13 +74,15 @@ class SequenceChunks:
         self.next_publish = NEVER
         self.num_dropped = 0
         self.copies: list[tuple[int, int, int]] = []
+        self.unrecorded: tuple[bytes, int] | None = None
         self.meter = meter
         self._buffer = np.empty(max(16, 2 * len(path)), np.int32)
         at = 0
         for edge in edges_of(path):
-            self._buffer[at : at + len(edge.nodes)] = edge.ids
-            at += len(edge.nodes)
-        self.ids: NDArray[np.int32] = self._buffer[: len(path)]
+            end = at + len(edge.nodes)
+            self._buffer[at:end] = edge.ids
+            at = end
+        self.ids: NDArray[np.int32] = self._buffer[:at]
 
     def __len__(self) -> int:
         return len(self.ids)

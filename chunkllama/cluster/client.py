@@ -23,7 +23,7 @@ import msgspec
 
 from chunkllama.cluster.commands import Channel, CommandsToAll, unless_lost
 from chunkllama.cluster.explanations import is_own, with_others
-from chunkllama.cluster.messages import Beat, Ended, FromReplica, Spent
+from chunkllama.cluster.messages import Beat, Dropped, Ended, FromReplica, Spent
 from chunkllama.cluster.prefix_keys import prefix_keys
 from chunkllama.cluster.routes import Replica, Route
 from chunkllama.cluster.routing import PrefixRouting
@@ -132,8 +132,8 @@ class ClusterEngineClient(CommandsToAll):
                         self._deliver(stream, item)
                 case Beat():
                     self._take_beat(replica, item)
-                case Spent():
-                    self.on_spent(item.tenants)
+                case Spent() | Dropped():
+                    self._hear(item)
                 case Ended():
                     self.lose(channel, item.reason, set(item.running))
                     return

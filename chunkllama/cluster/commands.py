@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import CacheCommand, KeepSnapshot, LoadPack, PackInfo
+from chunkllama.cache_messages import CacheCommand, EndedPin, KeepSnapshot, LoadPack, PackInfo
 from chunkllama.cluster.merge import StatsMerger, tag_chunk, untag_chunk
-from chunkllama.cluster.messages import Spending, Spent, ToReplica
+from chunkllama.cluster.messages import REPEATED, Dropped, Spending, Spent, ToReplica
 from chunkllama.cluster.shares import LimitShares
 from chunkllama.engine.cache_watch import CacheStream
 from chunkllama.engine.client import MessageClient, as_exception
@@ -102,6 +102,7 @@ class CommandsToAll(MessageClient):
         self._public: dict[str, EngineRequest] = {}
         self._shares = LimitShares()
         self._merger = StatsMerger()
+        self._dropped: list[set[str]] = []  # tenants, since each replica began to be prepared
         self.take_spent: Callable[[], dict[str, Spending]] = dict
         self.on_spent: Callable[[dict[str, Spending]], None] = lambda _: None
 
@@ -135,14 +136,48 @@ class CommandsToAll(MessageClient):
         if spent := self.take_spent():
             channel.send([Spent(tenants=spent)])
 
+    def _hear(self, news: Spent | Dropped) -> None:
+        """Take what a front end, perhaps this one, has told all of them through a replica."""
+        if isinstance(news, Spent):
+            self.on_spent(news.tenants)
+            return
+        self._end_pins(news.ended_pins)
+        if news.tenant is not None and self._leave_out(news.tenant):
+            # A replica may have got the tenant's chunks from here which the other front end did
+            # not know yet.
+            drop = _repeated_drop(news.tenant)
+            for channel in self._channels().values():
+                channel.send([drop])
+
+    def _leave_out(self, tenant: str) -> bool:
+        for dropped in self._dropped:
+            dropped.add(tenant)
+        return super()._leave_out(tenant)
+
     async def prepare(self, channel: Channel) -> None:
         """Bring a replica what every replica must have before it gets requests.
 
         Raises:
             ChunkLlamaError: it cannot have it, or has ended.
         """
+        dropped: set[str] = set()
+        self._dropped.append(dropped)
+        try:
+            await self._bring(channel, dropped)
+        finally:
+            self._dropped = [each for each in self._dropped if each is not dropped]
+
+    async def _bring(self, channel: Channel, dropped: set[str]) -> None:
+        """Bring a replica what is kept.
+
+        Args:
+            dropped: tenants that are dropped meanwhile.
+        """
         given: dict[str, Kept] = {}
-        while given != (kept := self._kept()):  # it may change meanwhile
+        while given != (kept := self._kept()) or dropped:  # they may change meanwhile
+            if dropped:
+                await channel.ask(_repeated_drop(dropped.pop()))
+                continue
             for key, item in given.items():
                 if isinstance(item, AdapterInfo) and kept.get(key) != item:
                     await channel.ask(UnloadAdapter(command_id=0, name=item.name))
@@ -204,10 +239,14 @@ class CommandsToAll(MessageClient):
         return reply
 
     def _take_reply(self, reply: CommandReply) -> None:
-        for pin in reply.ended_pins:
+        self._end_pins(reply.ended_pins)
+        super()._take_reply(reply)
+
+    def _end_pins(self, pins: list[EndedPin]) -> None:
+        """Let no other replica make a pin again that was ended."""
+        for pin in pins:
             for stream in self._streams.values():
                 stream.state.end_pin(pin)
-        super()._take_reply(reply)
 
     async def stats(
         self, *, include_tree: bool = False, include_tenants: bool = False
@@ -257,6 +296,10 @@ async def unless_lost(channel: Channel, call: Coroutine[Any, Any, T]) -> T:
     finally:
         calling.cancel()
         losing.cancel()
+
+
+def _repeated_drop(tenant: str) -> CacheCommand:
+    return CacheCommand(command_id=REPEATED, action="drop_tenant", tenant=tenant)
 
 
 async def _give(channel: Channel, item: Kept) -> None:

@@ -18,9 +18,11 @@ from chunkllama.cache_messages import CacheCommand, CacheDigest, DigestRequest, 
 from chunkllama.cluster.links import Link, Owner
 from chunkllama.cluster.messages import (
     ENCODER,
+    REPEATED,
     TO_ENGINE,
     TO_REPLICA,
     Beat,
+    Dropped,
     Ended,
     FromReplica,
     Spent,
@@ -254,7 +256,12 @@ class EngineHost:
         (command,) = TO_ENGINE.decode(payload)
         if isinstance(command, LoadAdapter):
             return msgspec.msgpack.encode(await self._load_adapter(command))
-        return msgspec.msgpack.encode(await self._live_engine().ask(command))
+        reply = await self._live_engine().ask(command)
+        if isinstance(command, CacheCommand) and command.command_id != REPEATED:
+            tenant = command.tenant if command.action == "drop_tenant" else None
+            if tenant is not None or reply.ended_pins:
+                self._put_to_all(Dropped(tenant=tenant, ended_pins=reply.ended_pins))
+        return msgspec.msgpack.encode(reply)
 
     async def use_files(self, payload: bytes) -> None:
         """Load files of chunks; returns when each has been loaded, or refused."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
+from chunkllama.cache_messages import EndedPin
 from chunkllama.messages import EngineStats, ToEngine, TokenDelta
 
 Spending = tuple[float, float]  # requests and tokens
+REPEATED: Final = -1  # command_id of a drop that front ends know of already
 
 
 class Beat(msgspec.Struct, kw_only=True, tag="beat"):
@@ -42,7 +46,20 @@ class Spent(msgspec.Struct, kw_only=True, tag="spent"):
     tenants: dict[str, Spending]
 
 
-FromReplica = TokenDelta | Beat | Ended | Spent
+class Dropped(msgspec.Struct, kw_only=True, tag="dropped"):
+    """What an operator has dropped through one front end; the replica tells all of them, so that
+    none brings it back.
+
+    Attributes:
+        tenant: whose chunks were dropped; None: no tenant's.
+        ended_pins: pins that were ended.
+    """
+
+    tenant: str | None = None
+    ended_pins: list[EndedPin] = []
+
+
+FromReplica = TokenDelta | Beat | Ended | Spent | Dropped
 ToReplica = ToEngine | Spent
 
 ENCODER = msgspec.msgpack.Encoder()

@@ -115,15 +115,23 @@ class CommandClient(ABC):
     ) -> CommandReply:
         """As ``EngineClient.cache_command``; another engine process leaves out a dropped tenant of
         the packs that it loads."""
-        for path, file in self._files.items() if action == "drop_tenant" else ():
-            if isinstance(file, LoadPack):
-                left = {name: each for name, each in file.namespaces.items() if name != tenant}
-                self._files[path] = msgspec.structs.replace(file, namespaces=left)
+        if action == "drop_tenant":
+            self._leave_out(tenant)
         return await self._ask(
             lambda command_id: CacheCommand(
                 command_id=command_id, action=action, chunk_id=chunk_id, tenant=tenant
             )
         )
+
+    def _leave_out(self, tenant: str) -> bool:
+        """Leave a tenant out of the packs that are loaded from now on; whether one has it."""
+        was_in = False
+        for path, file in self._files.items():
+            if isinstance(file, LoadPack) and tenant in file.namespaces:
+                left = {name: each for name, each in file.namespaces.items() if name != tenant}
+                self._files[path] = msgspec.structs.replace(file, namespaces=left)
+                was_in = True
+        return was_in
 
     async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
         """As ``AdapterClient.load_adapter``."""

@@ -160,7 +160,7 @@ class AdmissionControl:
         """Chunks the sequence will probably hold in the end."""
         expected = sequence.num_prompt_tokens + self.lengths.expected - 1
         tokens = max(sequence.num_tokens, min(sequence.max_kv_tokens, expected))
-        return self.num_chunks(tokens)
+        return -(-tokens // self._cache.chunk_size)
 
     def spare_chunks(self, sequence: Sequence, num_chunks: int) -> int:
         """Spares beyond ``num_chunks``; none that the sequence could never use."""
@@ -211,8 +211,9 @@ class AdmissionControl:
         num_chunks = self.num_chunks(sequence.num_tokens)
         num_chunks += self.spare_chunks(sequence, num_chunks)
         reserve = max(0, self.expected_chunks(sequence) - num_chunks)
-        reserve += self._beam_chunks(sequence)
         group = sequence.group
+        if group.beam is not None:
+            reserve += self._beam_chunks(sequence)
         insert_limit = group.insert_limit if self._limits.enable_prefix_caching else 0
         namespace = group.request.namespace
         for admission in self._cache.admissions(match, num_chunks, namespace):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from chunkllama.cache.adapter_tags import AdapterUse
-from chunkllama.cache.manager import CacheManager, Match
+from chunkllama.cache.manager import CacheManager, Match, SequenceChunks
 from chunkllama.cache.node import encode_tokens
 from chunkllama.messages import CacheExplanation
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -20,30 +22,45 @@ def match_limit(sequence: Sequence, limits: SchedulerLimits) -> int:
     return sequence.num_tokens - 1
 
 
-def record_prompt(
-    sequence: Sequence, match: Match, used: Match, cache: CacheManager, limits: SchedulerLimits
+def record_running(tenant: str, running: Iterable[Sequence], cache: CacheManager) -> None:
+    """Record the prompts of a tenant's running sequences, which an explanation depends on."""
+    for sequence in running:
+        if sequence.tenant == tenant and sequence.chunks is not None:
+            cache.record_prompt(sequence.chunks)
+
+
+def note_prompt(
+    sequence: Sequence,
+    match: Match,
+    used: tuple[SequenceChunks, Match],
+    running: Iterable[Sequence],
+    cache: CacheManager,
+    limits: SchedulerLimits,
 ) -> None:
-    """Explain the match of a prompt that is about to start, if asked to, and record the prompt.
+    """Explain the match of a prompt that is about to start, if asked to, and note the prompt.
 
     Args:
         match: what the tree has.
-        used: what of it the sequence takes.
+        used: the chunks that the sequence gets, and what it takes of the match.
+        running: sequences that run.
     """
     group, request = sequence.group, sequence.group.request
     if group.num_cached_tokens >= 0:  # another choice of the request, or preempted before
         return
     key, tenant, namespace = sequence.cache_key, request.tenant, request.namespace
+    chunks, taken = used
     if request.explain:
+        record_running(tenant, running, cache)
         is_whole = match_limit(sequence, limits) == sequence.num_tokens - 1
         group.explanation = cache.explain(
-            key, match if is_whole else None, used.num_tokens, tenant, namespace
+            key, match if is_whole else None, taken.num_tokens, tenant, namespace
         )
         if sequence.read is not None:
             group.explanation.num_tier_tokens = sequence.read.tokens_below(
-                used.num_tokens, cache.chunk_size
+                taken.num_tokens, cache.chunk_size
             )
     if limits.enable_prefix_caching:
-        cache.record_prompt(key, group.insert_limit, tenant, namespace)
+        chunks.unrecorded = key, group.insert_limit
 
 
 def explain_prompt(

@@ -69,15 +69,13 @@ class FirstTokens:
             return None
         prefills = self._lifecycle.running.prompts
         busy = {s.tenant for s in prefills}
-        arriving = []
-        for name in waiting.ready_tenants():
-            if accounts.busy[name].num_running:
-                busy.add(name)
-            else:
-                arriving.append(name)
+        for sequence in self._lifecycle.running.by_age:
             if len(busy) > 1:  # with many tenants soon
                 return None
-        if not arriving or not busy:
+            if sequence.tenant in waiting.ready:
+                busy.add(sequence.tenant)
+        arriving = [name for name in waiting.ready if not accounts.busy[name].num_running]
+        if not arriving or len(busy) != 1:
             return None
         (tenant,) = busy
         tenants = frozenset(arriving)

@@ -151,26 +151,29 @@ class Pace:
     def _is_in_gap(self, prompts: list[Sequence]) -> bool:
         """Tell whether all prompts, running and next to start, are in the background."""
         waiting = self._lifecycle.waiting
-        first = (waiting.of(tenant)[0] for tenant in waiting.ready_tenants())
+        first = (waiting.of(tenant)[0] for tenant in waiting.ready)
         return all(s.is_background for s in prompts) and all(s.is_background for s in first)
 
     def _limit_heavy(self) -> None:
         """Limit the heavy tenants of this step."""
         wanted, foreground = self._tokens_wanted()
-        accounts = self._lifecycle.accounts.busy
-        levels = sorted([count / accounts[t].weight for t, count in foreground.items()])
-        if not levels:
+        if not foreground:
             return
+        accounts = self._lifecycle.accounts.busy
+        weights = {tenant: accounts[tenant].weight for tenant in wanted}
+        levels = sorted([count / weights[tenant] for tenant, count in foreground.items()])
         self._wanted = wanted
         self._num_paced += 1
         self._level = levels[max(len(levels) - 2, 0) // 2]  # the highest is not among the others
         heavy, free = {}, {}
-        for tenant, count in wanted.items() if len(wanted) > 1 else ():
-            most = LIKE * self._share(tenant)
-            if count > most:
-                heavy[tenant] = count
-                if (in_front := foreground.get(tenant, 0)) <= most:
-                    free[tenant] = in_front
+        least = LIKE * _share(self._level, min(weights.values()))
+        if len(wanted) > 1 and max(wanted.values()) > least:  # else none is heavy
+            for tenant, count in wanted.items():
+                most = LIKE * _share(self._level, weights[tenant])
+                if count > most:
+                    heavy[tenant] = count
+                    if (in_front := foreground.get(tenant, 0)) <= most:
+                        free[tenant] = in_front
         light = sum(wanted.values()) - sum(heavy.values()) + sum(free.values())
         light = min(light, self._budget)
         self._light_seconds = self._times.seconds(light)
@@ -204,22 +207,24 @@ class Pace:
                 if sequence.is_background:
                     background[tenant] = background.get(tenant, 0) + count
         foreground = {}
-        has_slots = lifecycle.running.num_free_slots > 0
+        accounts, ready = lifecycle.accounts.busy, lifecycle.waiting.ready
+        if not lifecycle.running.num_free_slots:
+            ready = {}
         for tenant, count in wanted.items():
             behind = background.get(tenant, 0)
-            if has_slots and count < budget and (num_ready := lifecycle.waiting.num_ready(tenant)):
-                oldest = lifecycle.waiting.of(tenant)[0]
-                if lifecycle.may_run(oldest):
-                    waiting = num_ready * oldest.num_tokens  # an estimate
+            if count < budget and (queue := ready.get(tenant)) is not None:
+                oldest = queue.by_age[0]
+                if accounts[tenant].may_run(oldest.group):
+                    waiting = len(queue.ready) * oldest.num_tokens  # an estimate
                     count += waiting
                     behind += waiting * oldest.is_background
-            wanted[tenant] = min(count, budget)
+            wanted[tenant] = count if count < budget else budget
             if count > behind:
                 foreground[tenant] = min(count - behind, budget)
         return wanted, foreground
 
     def _share(self, tenant: str) -> int:
-        return max(round(self._level * self._lifecycle.accounts[tenant].weight), 1)
+        return _share(self._level, self._lifecycle.accounts[tenant].weight)
 
     def _affordable(self, tenant: str, wanted: int) -> int:
         """Return the tokens that the tenant's credit pays for now."""
@@ -246,26 +251,30 @@ class Pace:
         lifecycle, own = self._lifecycle, {tenant: list[Sequence]() for tenant in limits}
         if not limits:
             return
+        awaited_by = lifecycle.waiting.awaited_nodes()
         for sequence in lifecycle.running.order.sequences:
             if (known := own.get(sequence.tenant)) is not None:
                 known.append(sequence)
-        for tenant, left in limits.items():
+        for tenant, most in limits.items():
             credit, turn = self._credit(tenant), own[tenant]
             after = next((i + 1 for i, s in enumerate(turn) if s.slot == credit.last), 0)
             turn = turn[after:] + turn[:after]
-            turn.sort(key=lambda s: s.is_background)
-            kept = left // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
-            awaited = lifecycle.waiting.awaited_nodes(other_than=tenant)
+            if lifecycle.running.num_background:
+                turn.sort(key=lambda s: s.is_background)
+            kept = most // _NEW_STARTS if lifecycle.waiting.num_ready(tenant) else 0
+            awaited = {node for node, of in awaited_by.items() if of != {tenant}}
+            is_free, left = tenant in self._free, most - kept
             for sequence in turn:
-                is_awaited = sequence.chunks and not awaited.isdisjoint(sequence.chunks.path)
-                if is_awaited or self._is_free(sequence):
-                    self._parts[sequence] = sequence.num_remaining_tokens
-                    continue
-                self._parts[sequence] = part = min(sequence.num_remaining_tokens, left - kept)
-                left -= part
-                if part and not sequence.is_background:
-                    credit.last = sequence.slot
-            self._left[tenant] = left
+                part = sequence.num_tokens - sequence.num_computed_tokens
+                chunks = sequence.chunks if awaited else None
+                is_awaited = chunks is not None and not awaited.isdisjoint(chunks.path)
+                if not (is_awaited or (is_free and not sequence.is_background)):
+                    part = part if part < left else left
+                    left -= part
+                    if part and not sequence.is_background:
+                        credit.last = sequence.slot
+                self._parts[sequence] = part
+            self._left[tenant] = left + kept
 
     def _credit(self, tenant: str) -> _Credit:
         credit = self._credits.get(tenant)
@@ -300,8 +309,10 @@ class Pace:
             return True
         tenant = sequence.tenant
         if tenant not in self._left and tenant not in self._wanted:
-            count = max(self._affordable(tenant, NO_LIMIT), LIKE * self._share(tenant))
-            self._left[tenant] = count
+            least = LIKE * self._share(tenant)
+            if least >= self._budget:  # of the whole step
+                return True
+            self._left[tenant] = max(self._affordable(tenant, NO_LIMIT), least)
         return self._left.get(tenant, 1) > 0
 
     def most(self, sequence: Sequence) -> int:
@@ -370,3 +381,8 @@ class Pace:
             price = min(price, LARGEST * max(credit.price, _FREE * self._light_seconds))
             price = credit.price + WEIGHT * (price - credit.price)
         credit.price = self._usual_price = price
+
+
+def _share(level: float, weight: float) -> int:
+    """Return the tokens of a tenant's share, at least 1."""
+    return max(round(level * weight), 1)

@@ -42,6 +42,7 @@ class WaitingQueue:
         expected_chunks: estimates the chunks that a sequence will hold.
 
     Attributes:
+        ready: queues of the tenants with a sequence that is not parked.
         num_chunks: sum of ``expected_chunks`` of the sequences when they joined.
     """
 
@@ -59,8 +60,8 @@ class WaitingQueue:
         self.num_chunks = 0
         self._chunks: dict[Sequence, int] = {}
         self._tenants: dict[str, TenantQueue] = {}
-        self._ready: dict[str, TenantQueue] = {}  # those with a sequence that is not parked
-        self._order = TenantOrder(self._ready)
+        self.ready: dict[str, TenantQueue] = {}
+        self._order = TenantOrder(self.ready)
         self._open: dict[str, int] = {}  # tenants that have started one, numbered in that order
         self._num_opened = 0
         self._groups: list[tuple[int, str]] = []  # of them, sorted, those that may have a follower
@@ -112,10 +113,10 @@ class WaitingQueue:
     def _changed(self, tenant: str, queue: TenantQueue) -> None:
         """Note that a queue has other sequences, or others that are ready."""
         if queue.ready:
-            self._ready[tenant] = queue
+            self.ready[tenant] = queue
             self._order.changed(tenant)
         else:
-            self._ready.pop(tenant, None)
+            self.ready.pop(tenant, None)
         number = self._open.get(tenant)
         if number is not None:
             at = bisect_left(self._groups, (number, tenant))
@@ -133,6 +134,17 @@ class WaitingQueue:
         queue.park(sequence)
         self._changed(tenant, queue)
 
+    def park_alike(self, sequence: Sequence, num_tokens: int, reason: Hashable) -> None:
+        """Park sequence and those like it: each would be found to wait for the same.
+
+        Args:
+            num_tokens: they share so many, and go on.
+        """
+        self.park(sequence, reason)
+        for other in self._tenants[self._tenant(sequence)].neighbours(sequence, num_tokens):
+            if other not in self._parked and _look_up_alike(other, sequence):
+                self.park(other, reason)
+
     def unpark(self, reason: Hashable) -> None:
         """Return the sequences of a reason to the order."""
         for sequence in self._by_reason.pop(reason, ()):
@@ -146,25 +158,26 @@ class WaitingQueue:
         """Reasons of the sequences that are parked."""
         return list(self._by_reason)
 
-    def awaited_nodes(self, other_than: str | None = None) -> set[Node]:
+    def awaited_nodes(self) -> dict[Node, set[str]]:
         """Nodes of the prefix tree that sequences wait for which are not in the background.
 
-        Args:
-            other_than: a tenant whose own sequences do not count.
+        Returns:
+            The tenants of those sequences, by node.
         """
-        return {
-            reason[0]
-            for reason, parked in self._by_reason.items()
-            if isinstance(reason, tuple)
-            and any(not s.is_background and s.tenant != other_than for s in parked)
-        }
+        awaited: dict[Node, set[str]] = {}
+        for reason, parked in self._by_reason.items():
+            if isinstance(reason, tuple):
+                tenants = {s.tenant for s in parked if not s.is_background}
+                if tenants:
+                    awaited.setdefault(reason[0], set()).update(tenants)
+        return awaited
 
     def check_invariants(self, clocks: Clocks) -> None:
         """What is kept beside the sequences is what they say."""
         assert self.num_chunks == sum(self._chunks.values())
         for tenant, queue in self._tenants.items():
             assert queue.ready == [s for s in queue.by_age if s not in self._parked]
-            assert (tenant in self._ready) == bool(queue.ready)
+            assert (tenant in self.ready) == bool(queue.ready)
         if self._policy == "fair":
             self._order.check_invariants(clocks)
 
@@ -176,13 +189,9 @@ class WaitingQueue:
             self._num_opened += 1
             self._open[tenant] = self._num_opened
 
-    def ready_tenants(self) -> Iterator[str]:
-        """Tenants with a waiting sequence that is not parked."""
-        return iter(self._ready)
-
     def num_ready(self, tenant: str) -> int:
         """A tenant's waiting sequences that are not parked."""
-        queue = self._ready.get(tenant)
+        queue = self.ready.get(tenant)
         return 0 if queue is None else len(queue.ready)
 
     def num_tokens(self, tenant: str) -> int:
@@ -222,7 +231,7 @@ class WaitingQueue:
         self.blocked.clear()
         self._closed.clear()
         if self._policy == "fcfs":
-            for queue in list(self._ready.values()):
+            for queue in list(self.ready.values()):
                 yield from list(queue.ready)
             return
         self._drop_emptied()
@@ -241,7 +250,7 @@ class WaitingQueue:
                 continue
             chosen = self._continuation(clocks, lowest, groups_end, passed)
             if chosen is None:
-                queue = self._ready[tenant]
+                queue = self.ready[tenant]
                 if tenant not in oldest:
                     oldest[tenant] = iter(list(queue.ready))
                 chosen = self._next_of(queue, oldest[tenant], passed)
@@ -286,7 +295,7 @@ class WaitingQueue:
             number, tenant = self._groups[at]
             if number >= groups_end:
                 break
-            queue = self._ready.get(tenant)
+            queue = self.ready.get(tenant)
             may_continue = tenant not in self.blocked and tenant not in self._closed
             if queue is not None and may_continue and clocks[tenant] < lowest + self._quantum:
                 follower = self._follower(queue, passed)
@@ -314,3 +323,15 @@ class WaitingQueue:
             if sequence.slot < 0 and sequence not in passed and sequence not in self._parked:
                 return sequence
         return None
+
+
+def _look_up_alike(a: Sequence, b: Sequence) -> bool:
+    """Whether the cache has the same of two sequences that begin equally."""
+    first, second = a.group.request, b.group.request
+    return (
+        first.namespace == second.namespace
+        and a.is_background == b.is_background
+        and first.wants_hidden_states == second.wants_hidden_states
+        and a.wants_prompt_logits == b.wants_prompt_logits
+        and a.group.beam is None
+    )

@@ -27,7 +27,8 @@ class RunningSequences:
     ``caps`` are what the device's memory has room for.
 
     Attributes:
-        decodes, prompts: those with one token, or several, left when the step began.
+        decodes, prompts: those with one token, or several, left when the step began; empty between
+            steps.
         num_background: those in the background.
     """
 
@@ -65,6 +66,10 @@ class RunningSequences:
         others = [s for s in self.by_age if s.num_tokens - s.num_computed_tokens != 1]
         self.prompts = [s for s in others if s.num_tokens - s.num_computed_tokens > 1]
         return [s for s in others if s.awaits_sample]
+
+    def end_step(self) -> None:
+        """Keep nothing of sequences that end with the step."""
+        self.decodes, self.prompts = [], []
 
     def start(self, sequence: Sequence, chunks: SequenceChunks, num_computed: int) -> None:
         """Start the sequence with K/V of ``num_computed`` tokens in its chunks."""

@@ -27,7 +27,7 @@ from chunkllama.messages import (
     TokenDelta,
 )
 from chunkllama.scheduler.adapter_numbers import AdapterNumbers
-from chunkllama.scheduler.cache_lookup import explain_prompt
+from chunkllama.scheduler.cache_lookup import explain_prompt, record_running
 from chunkllama.scheduler.drafts import Drafts
 from chunkllama.scheduler.failures import usable
 from chunkllama.scheduler.first_tokens import FirstTokens
@@ -207,7 +207,7 @@ class Scheduler:
         if not self._running.num_background:
             return frozenset()
         background = [s for s in self._running.by_age if s.is_background]
-        awaited = self._waiting.awaited_nodes()
+        awaited = self._waiting.awaited_nodes().keys()
         return frozenset(
             s for s in background if s.chunks is not None and awaited.isdisjoint(s.chunks.path)
         )
@@ -290,6 +290,7 @@ class Scheduler:
         self._scheduled, self._awaiting = [], []
         self._in_flight = None
         deltas = StepDeltas(self._clock())
+        self._running.end_step()
         self._cache.end_step()
         if not sampled.ran_out:  # its time says nothing of steps that fit
             self.drafts.end_step()
@@ -318,6 +319,7 @@ class Scheduler:
                 self._commit_sequence(sequence, sampled, deltas)
         if not sampled.ran_out:
             self._pace.end_step()
+        self._pace.lift()
         return deltas.all()
 
     def _commit_sequence(
@@ -355,10 +357,15 @@ class Scheduler:
         tenant: str,
         adapter: AdapterUse | None = None,
     ) -> CacheExplanation:
-        """Explain why the match of a prompt would end now; changes nothing."""
-        return explain_prompt(
+        """Explain why the match of a prompt would end now; charges its tenant for the time."""
+        begun = self._clock()
+        record_running(tenant, self._running.by_age, self._cache)
+        explanation = explain_prompt(
             prompt_token_ids, namespace, tenant, self._cache, self._limits, adapter
         )
+        tokens = self._pace.tokens_in(self._clock() - begun)
+        self._lifecycle.accounts.charge_beside(tenant, tokens)
+        return explanation
 
     def cache_command(self, command: CacheCommand) -> CommandReply:
         """Run an operator's command on the cache; not while a step is in flight."""

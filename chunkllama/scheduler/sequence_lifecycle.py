@@ -97,7 +97,7 @@ class SequenceLifecycle:
         """Run a waiting sequence in ``chunks``, of which ``match`` is computed."""
         group = sequence.group
         cost = sequence.num_tokens - match.num_tokens
-        account = self.accounts[group.request.tenant]
+        account = self.accounts[sequence.tenant]
         self.waiting.started(sequence, cost)
         self.waiting.remove(sequence)
         account.num_running += not group.is_running

@@ -15,7 +15,7 @@ from typing import Final
 from chunkllama.cache.manager import CacheManager, Match
 from chunkllama.cache.node import Node
 from chunkllama.cache.tier_entry import Promotion, ReadLimits, Wait
-from chunkllama.scheduler.cache_lookup import match_limit, record_prompt
+from chunkllama.scheduler.cache_lookup import match_limit, note_prompt
 from chunkllama.scheduler.first_tokens import Arrivals
 from chunkllama.scheduler.headroom import Headroom
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -147,7 +147,7 @@ class Starts:
             tokens = min(
                 self._pace.tokens_in(read.seconds), read.num_added * self._cache.chunk_size
             )
-            self._lifecycle.accounts.charge_read(self._reads.pop(read), tokens)
+            self._lifecycle.accounts.charge_beside(self._reads.pop(read), tokens)
 
     def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
         """Whether waiting saves enough; parks it until the chunk is computed or abandoned."""
@@ -155,8 +155,9 @@ class Starts:
         if saved <= 0 or saved < self._limits.min_wait_tokens:
             return False
         if match.pending is not None and self._cache.is_pending_node(*match.pending):
-            self._lifecycle.waiting.park(sequence, match.pending)
-            node = match.pending[0]
+            node, tokens = match.pending
+            shared = node.depth * self._cache.chunk_size + tokens
+            self._lifecycle.waiting.park_alike(sequence, shared, match.pending)
             self._cache.tree.awaited.add(node)
             self._awaited.setdefault(node, set()).add(match.pending)
         return True
@@ -204,7 +205,7 @@ class Starts:
             admitted = lifecycle.admission.admit(sequence, match, headroom.promised)
         if admitted is None:
             return None
-        record_prompt(sequence, match, admitted[1], cache, self._limits)
+        note_prompt(sequence, match, admitted, lifecycle.running.by_age, cache, self._limits)
         lifecycle.start(sequence, *admitted)
         headroom.add(sequence)
         self.clocks().add(sequence.tenant, sequence.num_remaining_tokens)

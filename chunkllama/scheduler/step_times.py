@@ -74,8 +74,11 @@ class StepTimes:
 
     def seconds(self, tokens: int) -> float:
         """Estimate a step from those of like size, or else from the nearest size."""
-        key = min(self._octaves, key=lambda known: abs(known - tokens.bit_length()))
-        return _scaled(self._octaves[key], tokens)
+        size = tokens.bit_length()
+        octave = self._octaves.get(size)
+        if octave is None:
+            octave = self._octaves[min(self._octaves, key=lambda known: abs(known - size))]
+        return _scaled(octave, tokens)
 
     def most(self, seconds: float, budget: int) -> int:
         """Return the tokens, at most ``budget``, of a step that takes that long; at least 1.

@@ -14,9 +14,9 @@ Entry = tuple[float, tuple[int, int], str]  # clock, age of the oldest sequence,
 class TenantOrder:
     """A heap with one valid entry for each tenant in it.
 
-    An entry is never above its tenant's clock and age. Where it is below, it is corrected when it
-    comes to the top. So a step looks at tenants that have changed and at those that it serves, not
-    at all of them.
+    An entry is never above its tenant's clock and age. Where it is below, it is raised when it
+    comes to the top, and lowered again for the next step, in which the clock may be lower. So a
+    step looks at tenants whose queues have changed and at those that it serves, not at all of them.
 
     Args:
         ready: queues of the tenants with a sequence that is not parked.
@@ -27,6 +27,7 @@ class TenantOrder:
         self._heap: list[Entry] = []
         self._valid: dict[str, Entry] = {}
         self._changed: set[str] = set()
+        self._raised: set[str] = set()  # in the step being put together
         self._clocks: Clocks | None = None
 
     def changed(self, tenant: str) -> None:
@@ -34,15 +35,16 @@ class TenantOrder:
         self._changed.add(tenant)
 
     def begin(self, clocks: Clocks) -> None:
-        """Bring the entries up to date that may be above their tenants' clocks or are missing."""
-        last, self._clocks = self._clocks, clocks
-        if last is not clocks:
-            self._changed.update(clocks.moving)
-            if last is not None:
-                self._changed.update(last.moving)
+        """Lower the entries that may be above their tenants' clocks, and add missing ones."""
+        if self._clocks is not clocks:
+            self._clocks = clocks
+            self._changed |= self._raised
+            self._raised.clear()
         for tenant in self._changed:
-            if tenant in self._ready:
-                entry, valid = self._entry(tenant), self._valid.get(tenant)
+            queue = self._ready.get(tenant)
+            if queue is not None:
+                entry = clocks.least(tenant), queue.oldest_age, tenant
+                valid = self._valid.get(tenant)
                 if valid is None or entry < valid:
                     self._valid[tenant] = entry
                     heapq.heappush(self._heap, entry)
@@ -66,6 +68,7 @@ class TenantOrder:
                 self._drop_first()
             elif (now := self._entry(tenant)) != entry:
                 self._valid[tenant] = now
+                self._raised.add(tenant)
                 heapq.heapreplace(self._heap, now)
             else:
                 return entry[0], tenant
@@ -73,10 +76,7 @@ class TenantOrder:
 
     def check_invariants(self, clocks: Clocks) -> None:
         """No entry is above its tenant's clock but of those that ``begin`` will look at."""
-        changed = {*self._changed, *clocks.moving}
-        if self._clocks is not None:
-            changed.update(self._clocks.moving)
-        for tenant in self._ready.keys() - changed:
+        for tenant in self._ready.keys() - self._changed - self._raised:
             now = clocks[tenant], self._ready[tenant].oldest_age, tenant
             assert tenant in self._valid and self._valid[tenant] <= now
 

@@ -94,25 +94,35 @@ class TenantQueue:
 
         Only sequences of the oldest one's priority follow, and none that is parked or passed.
         """
-        if self.may_follow is False:
+        others = self._by_prefix
+        if self.may_follow is False or not others:
             return None
         start = self._last[: least * TOKEN_BYTES]
-        at = bisect_left(self._by_prefix, (self._last,))
+        at = bisect_left(others, (self._last,))
         if self.may_follow is None:
-            self.may_follow = False
-            if len(start) == least * TOKEN_BYTES:
-                for key, _, _ in self._by_prefix[max(at - 1, 0) : at + 1]:  # they share most of all
-                    self.may_follow |= key.startswith(start)
+            self.may_follow = len(start) == least * TOKEN_BYTES and (  # these share most of all
+                (at > 0 and others[at - 1][0].startswith(start))
+                or (at < len(others) and others[at][0].startswith(start))
+            )
             if not self.may_follow:
                 return None
         before = self._nearest(range(at - 1, max(at - NEAR, 0) - 1, -1), start, passed)
-        after = self._nearest(range(at, min(at + NEAR, len(self._by_prefix))), start, passed)
+        after = self._nearest(range(at, min(at + NEAR, len(others))), start, passed)
         if before is None or after is None:
             return after if before is None else before
         # the last one started is between them in token order: one shares as much as both, or more
         both = common_prefix(self._keys[before], self._keys[after])
         more = self._last[: (both + 1) * TOKEN_BYTES]
         return after if self._keys[after].startswith(more) else before
+
+    def neighbours(self, sequence: Sequence, num_tokens: int) -> list[Sequence]:
+        """The nearest sequences in token order that go on beyond ``num_tokens`` they share with one
+        of them."""
+        key = self._keys[sequence]
+        start = key[: num_tokens * TOKEN_BYTES]
+        at = bisect_left(self._by_prefix, (key, sequence.age))
+        near = self._by_prefix[max(at - NEAR, 0) : at + NEAR + 1]
+        return [other for key, _, other in near if len(key) > len(start) and key.startswith(start)]
 
     def _nearest(self, near: range, start: bytes, passed: Container[Sequence]) -> Sequence | None:
         """The first at the places ``near`` that may start, if it begins with ``start``."""

@@ -24,8 +24,8 @@ class Account:
         weight: its share relative to other tenants.
         limits: what it may use.
         computed_tokens, decoded_tokens: positions charged since the start, of prompts and output.
-        clock: what was charged in virtual tokens, those of reads included, divided by the weight at
-            that time, advanced past the time the tenant was idle.
+        clock: what was charged in virtual tokens, also of work between steps, divided by the weight
+            at that time, advanced past the time the tenant was idle.
         num_requests: its unfinished requests; ``num_running`` those with a running sequence.
     """
 
@@ -94,10 +94,10 @@ class Clocks:
         promised = tokens / self._busy[tenant].weight
         self._promised[tenant] = self._promised.get(tenant, 0.0) + promised
 
-    @property
-    def moving(self) -> Iterable[str]:
-        """Tenants whose clocks may be lower in the next step."""
-        return self._promised
+    def least(self, tenant: str) -> float:
+        """Return what the tenant's clock is without those tokens; it never becomes lower."""
+        account = self._busy.get(tenant)
+        return 0.0 if account is None else account.clock
 
 
 class TenantAccounts:
@@ -145,10 +145,15 @@ class TenantAccounts:
         return account or Account(self._weight(tenant), self._limits[tenant])
 
     def join(self, tenant: str) -> None:
-        """Count one more unfinished request.
+        """Count one more unfinished request."""
+        self.busy[tenant] = account = self._level(tenant)
+        account.num_requests += 1
 
-        A tenant that was idle starts level with the tenant served least: time without requests
-        earns no credit, and debt is kept.
+    def _level(self, tenant: str) -> Account:
+        """Return a tenant's account, made if it has none.
+
+        One that is idle is level with the tenant served least: time without requests earns no
+        credit, and debt is kept.
         """
         account = self._accounts.get(tenant)
         if account is None:
@@ -156,8 +161,7 @@ class TenantAccounts:
         if account.num_requests == 0:
             busy = [other.clock for other in self.busy.values()]
             account.clock = max(account.clock, min(busy, default=self._floor))
-            self.busy[tenant] = account
-        account.num_requests += 1
+        return account
 
     def leave(self, tenant: str) -> None:
         """Count one unfinished request fewer."""
@@ -181,12 +185,13 @@ class TenantAccounts:
         account.clock += virtual_tokens / account.weight
         self.total_charged += virtual_tokens
 
-    def charge_read(self, tenant: str, tokens: float) -> None:
-        """Charge chunks that were read for a prompt, by the tokens that it took as long to compute.
+    def charge_beside(self, tenant: str, tokens: float) -> None:
+        """Charge what was done for a tenant between steps, by the tokens that take as long to
+        compute: chunks that were read, or a match that was explained.
 
-        They are no work of a step, so only the clock has them.
+        It is no work of a step, so only the clock has it.
         """
-        account = self._accounts[tenant]
+        account = self._level(tenant)
         account.clock += tokens / account.weight
 
 

@@ -103,7 +103,7 @@ def _requests(
         try:
             entry = msgspec.json.decode(line, type=dict[str, Any])
             yield _mooncake(entry) if "hash_ids" in entry else _own(entry, tokenize)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"trace: {path}, line {number}: not a JSON object: {error}") from None
         except _FieldError as error:
             raise ConfigError(f"trace: {path}, line {number}: {error}") from None
@@ -142,6 +142,8 @@ def _own(entry: dict[str, Any], tokenize: Tokenize | None) -> TraceRequest:
             raise _FieldError("prompt_token_ids: give a list of integers in [0, 2147483647]")
     elif "messages" not in entry and "prompt" not in entry:
         raise _FieldError("give prompt_token_ids, messages, prompt, or Mooncake's hash_ids")
+    elif not _is_conversation(entry.get("messages", [])):
+        raise _FieldError("messages: give a list of objects")
     elif tokenize is None:
         raise _FieldError("messages and prompt need a tokenizer; give --model")
     else:
@@ -159,6 +161,10 @@ def _own(entry: dict[str, Any], tokenize: Tokenize | None) -> TraceRequest:
         num_output_tokens=output,
         token_ids=tuple(ids),
     )
+
+
+def _is_conversation(messages: object) -> bool:
+    return isinstance(messages, list) and all(isinstance(each, dict) for each in messages)
 
 
 def _tenant(entry: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ import pytest
 from fake_replicas import FakeReplica, Fixture, request, run, settle
 
 from chunkllama.adapter_messages import AdapterInfo, LoadAdapter, UnloadAdapter
-from chunkllama.cache_messages import EndedPin, LoadPack, PackInfo, PinInfo
+from chunkllama.cache_messages import CacheCommand, EndedPin, LoadPack, PackInfo, PinInfo
 from chunkllama.cluster.merge import tag_chunk
-from chunkllama.cluster.messages import Beat, Ended, Spent
+from chunkllama.cluster.messages import REPEATED, Beat, Dropped, Ended, Spent
 from chunkllama.errors import EngineDeadError
 from chunkllama.messages import CommandReply, EngineStats, SetTenants, ToEngine
 from chunkllama_server.metrics.engine_names import ENGINE_COUNTERS, ENGINE_GAUGES
@@ -159,6 +159,53 @@ def test_an_adapter_that_is_unloaded_while_a_replica_joins_is_unloaded_there() -
         await f.client.prepare(late)
         told = [(type(c), c.name) for c in late.commands]  # type: ignore[union-attr]
         assert told == [(LoadAdapter, "x"), (LoadAdapter, "y"), (UnloadAdapter, "x")]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_dropped_tenant_is_not_brought_back_by_a_replica_that_joins(other: bool) -> None:
+    """Dropped here or through another front end, while this one brings the replica its packs."""
+    drop = CacheCommand(command_id=REPEATED, action="drop_tenant", tenant="alice")
+
+    async def scenario(f: Fixture) -> None:
+        namespaces = {"": "", "alice": "a", "bob": "b"}
+        f.client.use_file(LoadPack(path="/p", namespaces=namespaces, template=""))
+        a, b = f.replicas.values()
+        late = FakeReplica(f.client, "late")
+
+        async def use_files(commands: list[LoadPack]) -> None:
+            late.files += commands
+            if len(late.files) > 1:
+                return
+            if other:
+                f.client.receive(a, [Dropped(tenant="alice")])
+            else:
+                await f.client.cache_command("drop_tenant", tenant="alice")
+
+        late.use_files = use_files  # type: ignore[method-assign]
+        await f.client.prepare(late)
+        f.client.join(late)
+        assert [pack.namespaces for pack in late.files] == [namespaces, {"": "", "bob": "b"}]
+        assert late.commands == [drop]
+        f.client.receive(b, [Dropped(tenant="alice")])  # each replica says so
+        assert [each.got.count(drop) for each in (a, b, late)] == [other, other, 0]
+
+    run(scenario)
+
+
+def test_a_pin_that_is_ended_through_another_front_end_is_not_made_again() -> None:
+    async def scenario(f: Fixture) -> None:
+        pinned = msgspec.structs.replace(request("one"), tenant="t", pin_seconds=600.0)
+        task = f.begin(pinned)
+        await f.step(2)
+        home, prompt = f.home("one"), pinned.prompt_token_ids
+        ended = EndedPin(tenant="t", namespace="", token_ids=prompt, askers=[(len(prompt), "")])
+        f.client.receive(home, [Dropped(ended_pins=[ended])])
+        home.die()
+        assert f.home("one").live["one"].pin_seconds == 0
+        await f.step(4)
+        await task
 
     run(scenario)
 

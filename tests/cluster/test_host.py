@@ -11,11 +11,14 @@ from pathlib import Path
 import msgspec
 from tiny_model import write_tiny_model
 
+from chunkllama.cache_messages import CacheCommand
 from chunkllama.cluster.host import EngineHost
 from chunkllama.cluster.messages import (
     ENCODER,
     FROM_REPLICA,
+    REPEATED,
     Beat,
+    Dropped,
     Ended,
     FromReplica,
     Spent,
@@ -77,6 +80,18 @@ class Front:
         return tokens
 
 
+async def hear_of_drops(host: EngineHost, *fronts: Front) -> None:
+    """Drop a tenant twice: all front ends hear of it, but not of a drop that is repeated."""
+    for number in (REPEATED, 0):
+        drop = CacheCommand(command_id=number, action="drop_tenant", tenant="t")
+        await host.ask(ENCODER.encode([drop]))
+    for front in fronts:
+        found: list[Dropped] = []
+        while not found:
+            found = [item for item in await front.read() if isinstance(item, Dropped)]
+        assert found == [Dropped(tenant="t")]
+
+
 def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, 2048)
     config = EngineConfig.from_flat(
@@ -108,6 +123,8 @@ def test_front_ends_share_an_engine_and_learn_of_its_end(tmp_path: Path) -> None
             spent = [item for item in await two.read() if isinstance(item, Spent)]
         assert spent == [Spent(tenants={"t": (1.0, 20.0)})]
         assert not any(isinstance(each, Spent) for each in host._links["one"].items)
+
+        await hear_of_drops(host, one, two)
 
         heads: list[list[int]] = []
         while not heads or not heads[0]:

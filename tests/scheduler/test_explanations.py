@@ -350,6 +350,23 @@ def test_nothing_is_said_unless_asked() -> None:
     assert run.first_deltas[request].explanation is None
 
 
+@pytest.mark.parametrize("until", [None, 0, 4])
+def test_a_prompt_is_known_from_its_start_on_also_if_it_is_aborted(until: int | None) -> None:
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 5, "min_wait_tokens": 2}
+    run = SimulatedEngine(40, SIZE, vocab_size=1000, history_chunks=64, **limits)
+    name = run.add(LONG, 5, tenant="a", namespace="A", cache_until=until)
+    assert run.scheduler.explain([*LONG, 1], "A", "a").num_known_tokens == 0
+    run.step()
+    assert run.scheduler.explain([*LONG, 1], "A", "a").num_known_tokens == len(LONG)
+    assert run.scheduler.explain([*LONG, 1], "A", "b").num_known_tokens == 0
+    run.scheduler.abort(name)
+    again = run.add(LONG, 5, tenant="a", namespace="A2", cache_until=until)
+    run.step()
+    run.scheduler.abort(again)
+    for namespace in ("A", "A2"):
+        assert run.scheduler.explain([*LONG, 1], namespace, "a").num_known_tokens == len(LONG)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_what_others_send_changes_no_explanation(seed: int) -> None:
     """Tenant a's own requests, with and without tenant b beside it, in a pool with room."""

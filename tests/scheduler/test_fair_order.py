@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from chunkllama.errors import OverloadedError
+from chunkllama.messages import CacheExplanation
 from chunkllama.scheduler.queue import WaitingQueue
 from chunkllama.scheduler.request import Sequence
+from chunkllama.simulation.cost_model import DEFAULT_COST
 from chunkllama.simulation.engine import SimulatedEngine
 
 SIZE = 16
@@ -228,3 +231,30 @@ def test_one_tenant_leaves_half_of_the_places() -> None:
     for i in range(3):
         run.add([i + 100], 1, tenant="b")
     run.run()
+
+
+@pytest.mark.parametrize("asks", ["never", "before it sends", "while it waits"])
+def test_the_time_of_explanations_is_charged_to_the_tenant_that_asks(
+    asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimulatedEngine(40, SIZE, vocab_size=1000, cost=DEFAULT_COST, max_num_seqs=1)
+    explain = run.cache.explain
+
+    def explain_slowly(*args: Any) -> CacheExplanation:
+        run.now += 1.0
+        return explain(*args)
+
+    monkeypatch.setattr(run.cache, "explain", explain_slowly)
+    run.add([1, 2, 3], 5, tenant="c", namespace="C")
+    run.run()
+    run.add([1, 2, 3], 20, tenant="c", namespace="C")
+    run.step()
+    if asks == "before it sends":
+        run.scheduler.explain([4, 5], "A", "a")
+    first = run.add([4, 5], 1, tenant="a", namespace="A")
+    second = run.add([4, 5], 1, tenant="b", namespace="B")
+    if asks == "while it waits":
+        run.scheduler.explain([4, 5], "A", "a")
+    run.run()
+    ended = [name for name, _ in run.finished]
+    assert (ended.index(first) < ended.index(second)) == (asks == "never")

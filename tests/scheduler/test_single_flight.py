@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chunkllama.cache.manager import Match
 from chunkllama.simulation.engine import SimulatedEngine
 
 PREFIX = list(range(16))
@@ -185,3 +186,30 @@ def test_equal_prompts_at_once_around_a_chunk_edge(length: int, count: int) -> N
     run.check_outputs()
     whole = (length - 1) // 4 * 4
     assert computed(run) <= length + (2 * count - 1) * (length - whole)
+
+
+@pytest.mark.parametrize("policy", ["fair", "prefix"])
+def test_followers_of_a_leader_are_looked_up_once(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They begin equally, so that what one of them waits for keeps the others waiting, too."""
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "min_wait_tokens": 16}
+    run = SimulatedEngine(400, 16, vocab_size=1000, policy=policy, **limits)
+    prefix = [7 * i % 1000 for i in range(300)]
+    run.add([*prefix, 1], 2, namespace="A")
+    run.step()
+    followers = [run.add([*prefix, 2, i], 2, namespace="A") for i in range(6)]
+    run.add([*prefix, 2, 9], 2, namespace="B")
+    run.add([*prefix, 2, 8], 2, namespace="A", prompt_logprobs=1)
+    match, looked_up = run.cache.match, []
+
+    def count(key: bytes, limit: int, namespace: str) -> Match:
+        looked_up.append((limit > 0, namespace))
+        return match(key, limit, namespace)
+
+    monkeypatch.setattr(run.cache, "match", count)
+    run.step()
+    assert sorted(looked_up) == [(False, "A"), (True, "A"), (True, "B")]
+    run.run()
+    run.check_outputs()
+    assert min(run.cached[name] for name in followers) >= 288

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 
 import pytest
 from fake_engine import MODEL
@@ -158,3 +160,46 @@ def test_unusable_bodies_are_refused(server, body, param) -> None:
     error = server.post("/v1/cache/explain", body)
     assert error.status_code in (400, 404)
     assert error.json()["error"]["param"] == param
+
+
+def test_questions_without_an_answer_are_bounded(start_server, monkeypatch) -> None:
+    keys = {"alpha": "ka", "beta": "kb", "gamma": "kc"}
+    server = start_server(api_keys=keys, max_explanations=4)
+    answers, explain, gate = [], server.engine.explain, threading.Event()
+    come = threading.Semaphore(0)
+
+    async def explain_late(*args):
+        come.release()
+        while not gate.is_set():
+            await asyncio.sleep(0.005)
+        return await explain(*args)
+
+    monkeypatch.setattr(server.engine, "explain", explain_late)
+
+    def ask(key):
+        answer = server.post("/v1/cache/explain", {"prompt": LONG}, **{"x-api-key": key})
+        answers.append(answer.status_code)
+        return answer
+
+    waiting = []
+    for key, count, message in (
+        ("ka", 2, "2 prompts of this API key wait to be explained, its share; try again later"),
+        ("kb", 1, "1 prompts of this API key wait to be explained, its share; try again later"),
+        ("kc", 1, "4 prompts wait to be explained, the server takes 4; try again later"),
+    ):
+        for _ in range(count):
+            waiting.append(threading.Thread(target=ask, args=(key,)))
+            waiting[-1].start()
+            assert come.acquire(timeout=600)
+        refused = ask(key)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        error = refused.json()["error"]
+        assert (error["code"], error["message"]) == ("engine_overloaded", message)
+    gate.set()
+    for thread in waiting:
+        thread.join()
+    assert sorted(answers) == [200] * 4 + [429] * 3
+    assert ask("ka").status_code == 200
+    with server.http() as http:
+        usage = http.get("/v1/usage", headers={"x-api-key": "ka"}).json()["data"][0]
+    assert usage["rejections"] == {"queue": 1}

@@ -16,6 +16,7 @@ from chunkllama_server.api.admin_app import create_admin_app
 from chunkllama_server.api.common.admission import ChargedEngine, QueueLimits
 from chunkllama_server.api.common.fair_pool import FairPool
 from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
+from chunkllama_server.api.common.shared_reads import SharedReads
 from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.config.tenants import TenantQuotas
 
@@ -49,6 +50,33 @@ def get(server, path: str, key: str):
 def complete(server, key: str, **fields: object):
     body = {"model": MODEL, "prompt": [7] * 20, "max_tokens": 5, **fields}
     return server.post("/v1/completions", body, **{"x-api-key": key})
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/dashboard/tenants", "/metrics"])
+def test_tenants_that_ask_again_and_again_leave_the_engine_its_time(
+    server, path, monkeypatch
+) -> None:
+    """A snapshot has a part for each tenant: here it takes a tenth of a second, and then three."""
+    now, took, paused = [0.0], [0.1], []
+
+    async def sleep(seconds: float) -> None:
+        paused.append(round(seconds, 6))
+        now[0] += seconds
+
+    async def stats(**_: bool) -> EngineStats:
+        now[0] += took[0]
+        return EngineStats(steps_total=2, tenants=ENGINE)
+
+    monkeypatch.setattr(server.engine, "stats", stats)
+    context = server.app.state.context
+    context.refreshes = SharedReads(lambda: now[0], sleep, most_pause=1.0)
+    with server.http() as http:
+        for key in ("kb", "kr", "kb", "ko", "ko"):
+            assert http.get(path, headers={"x-api-key": key}).status_code == 200
+        took[0] = 3.0
+        for key in ("kr", "kr"):
+            assert http.get(path, headers={"x-api-key": key}).status_code == 200
+    assert paused == [0.4, 0.4, 0.2, 1.0], "between those of tenants"
 
 
 def test_usage_is_the_sum_of_the_answers(server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,7 @@ def test_anchors_and_merge_keys_repeat_no_key(tmp_path: Path, text: str, held: o
         ("tenants: {alice: {queue_share: 1.1}}", "tenant alice: queue_share: "),
         ("tenants: {alice: {chunk_share: 0}}", "tenant alice: chunk_share: "),
         ("tenants: {alice: {tokenizer_share: -1}}", "tenant alice: tokenizer_share: "),
+        ("tenants: {alice: {tokenizer_share: 1e-320}}", "tenant alice: tokenizer_share: "),
         ("tenants: {alice: {pin_chunks: -1}}", "tenant alice: pin_chunks: "),
         ("tenants: {alice: {stored_responses: [1]}}", "tenant alice: stored_responses: "),
         ("tenants: {alice: {highest_priority: -2000}}", "tenant alice: highest_priority: "),
@@ -130,6 +132,9 @@ def test_an_error_names_file_tenant_and_field(tmp_path: Path, text: str, told: s
         ("alice:ka secret part", "(alice): after the key, write field=value"),
         ("alice:ka weight=1 weight=2", "(alice): after the key, write field=value, each field"),
         ("alice: weight=1", "is not of the form name:key"),
+        ("alice:k\0secret", "entry 1: name and key may have 4096 characters that can be printed"),
+        ("al\x1bice:secret", "entry 1: name and key may have 4096 characters that can be printed"),
+        ("alice:secret" + "k" * 4090, "entry 1: name and key may have 4096 characters"),
         ("other:ka", "other names the sum of small tenants in /metrics"),
     ],
 )
@@ -171,7 +176,17 @@ def test_the_example_is_valid() -> None:
 
 def test_quotas_of_a_tenant_without_a_key_are_a_warning(tmp_path: Path, caplog) -> None:
     """So that removing a key from one file alone revokes it."""
+    caplog.set_level(logging.WARNING, logger="chunkllama")
     text = "tenants: {alise: {weight: 2}, alice: {weight: 3}}"
     quotas = load(tmp_path, text, "alice:ka\n")
     assert quotas == {"alice": TenantQuotas(weight=3)}
     assert "tenant alise: not used, it has no API key; did you mean alice?" in caplog.text
+
+
+def test_of_many_tenants_without_a_key_a_few_are_named(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.WARNING, logger="chunkllama")
+    names = [f"old{i}" for i in range(9)]
+    text = f"tenants: {{{', '.join(f'{name}: {{}}' for name in names)}}}"
+    load(tmp_path, text, "alice:ka\n")
+    assert [name for name in names if f"tenant {name}: not used" in caplog.text] == names[:5]
+    assert "tenants.yaml: 4 more tenants have no API key" in caplog.text

@@ -68,8 +68,11 @@ def test_requests_are_sorted_by_arrival_and_limited(tmp_path) -> None:
     [
         ("nonsense", "not a JSON object"),
         ("[1]", "not a JSON object"),
+        ('{"a":' * 10_000, "not a JSON object"),
         ('{"at": 1}', "give prompt_token_ids, messages, prompt, or Mooncake's hash_ids"),
         ('{"messages": []}', "give --model"),
+        ('{"messages": "hi"}', "messages: give a list of objects"),
+        ('{"messages": [{"role": "user"}, 3]}', "messages: give a list of objects"),
         ('{"prompt_token_ids": []}', "the prompt has no token"),
         ('{"prompt_token_ids": [-1]}', "prompt_token_ids"),
         ('{"prompt_token_ids": [1], "at": "now"}', "at: give a time"),

@@ -87,7 +87,7 @@ async def drop_branch(chunk_id: int, context: Context) -> Dropped:
     return _dropped(reply, f"Chunk {chunk_id} is not in the tree")
 
 
-@router.delete("/tenants/{tenant}")
+@router.delete("/tenants/{tenant:path}")
 async def drop_tenant(tenant: str, context: Context) -> Dropped:
     """Remove every chunk that a tenant has added, apart from those in use."""
     reply = await context.engine.cache_command("drop_tenant", tenant=tenant)

@@ -297,6 +297,7 @@ def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
         tokens=engines * settings.max_waiting_tokens,
         chunks=engines * (WAITING_POOLS * engine.info.num_chunks if chunks is None else chunks),
         chunk_size=engine.info.chunk_size,
+        questions=settings.max_explanations,
         queue_seconds=settings.queue_timeout_seconds,
         request_seconds=settings.request_timeout_seconds,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from chunkllama.errors import OverloadedError
 from chunkllama_server.api.chat.prompt_body import body_token_ids
 from chunkllama_server.api.common.cache_explanation import explanation_body
 from chunkllama_server.api.common.context import Context
@@ -26,6 +27,10 @@ async def explain(body: ExplainRequest, request: Request, context: Context) -> R
     check_prompt_ids(ids, context.engine.info, param)
     check_lengths(len(ids), None, context.engine.info, param, "max_tokens")
     namespace = context.tenants.namespace(info.tenant, body.cache_salt)
-    explanation = await context.engine.explain(ids, namespace, info.tenant, info.adapter)
+    try:
+        explanation = await context.engine.explain(ids, namespace, info.tenant, info.adapter)
+    except OverloadedError:
+        context.metrics.reject_tenant(info.tenant, "queue")
+        raise
     tokenizer = context.text.tokenizer
     return json_response(explanation_body(explanation, ids, tokenizer))

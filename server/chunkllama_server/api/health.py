@@ -37,8 +37,8 @@ async def ready(context: Context) -> Health:
 )
 async def metrics(context: Context, request: Request) -> Response:
     """Return Prometheus metrics, with a new engine snapshot."""
-    await context.refresh_stats()
     view = tenant_view(context, request)
+    await context.refresh_stats(view)
 
     async def render() -> bytes:
         return context.metrics.render(view)

@@ -31,7 +31,7 @@ def _model_name(context: ServerContext, request: Request) -> str:
 @router.get("/server_info", responses=refusals(401, 405))
 async def server_info(request: Request, context: Context) -> ServerInfo:
     """Return the served model's name and the server's sizes."""
-    await context.refresh_stats()
+    await context.refresh_stats(tenant_view(context, request))
     info, name = context.engine.info, _model_name(context, request)
     return {
         "model_path": name,  # not the folder, which callers must not learn

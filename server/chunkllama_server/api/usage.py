@@ -21,8 +21,8 @@ router = APIRouter(tags=["usage"])
 @router.get("/v1/usage", responses=refusals(401, 405))
 async def usage(request: Request, context: Context) -> UsageList:
     """Return the usage of the caller's tenant; of all for an operator and on the admin port."""
-    await context.refresh_stats()
     view = tenant_view(context, request)
+    await context.refresh_stats(view)
 
     async def read() -> UsageList:
         return {
@@ -37,8 +37,8 @@ async def usage(request: Request, context: Context) -> UsageList:
 @router.get("/dashboard/tenants", responses=refusals(401, 405))
 async def tenants(request: Request, context: Context) -> TenantStates:
     """Return what a dashboard of tenants shows, of the tenants that the caller may see."""
-    await context.refresh_stats()
     view = tenant_view(context, request)
+    await context.refresh_stats(view)
 
     async def read() -> TenantStates:
         recorder = context.metrics.usage

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from chunkllama.errors import ConfigError
 
+_MAX_CHARS: Final = 4096  # of a name and its key; a request's headers have 32 KiB
 OTHER_TENANTS: Final = "other"  # label of /metrics for the tenants without a label of their own
 
 
@@ -33,6 +34,11 @@ def parse_key(text: str, number: int) -> KeyEntry:
         name, key = f"key-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given
     if not name or not key:
         raise ConfigError(f"api_key: entry {number} is not of the form name:key")
+    if not given.isprintable() or len(given) > _MAX_CHARS:
+        raise ConfigError(
+            f"api_key: entry {number}: name and key may have {_MAX_CHARS} characters that can be "
+            "printed; no client could send others"
+        )
     if name == OTHER_TENANTS:
         raise ConfigError(
             f"api_key: entry {number}: {name} names the sum of small tenants in /metrics; use "

@@ -110,6 +110,11 @@ class LimitsConfig(ConfigGroup):
         None, "chunks", "tenant", "429 engine_overloaded",
         "Chunks that requests without a token yet will need. Default: 64 times the pool.", gt=0,
     )  # fmt: skip
+    max_explanations: int = limit(
+        64, "questions", "tenant", "429 engine_overloaded",
+        "Questions of /v1/cache/explain without an answer; one key may have as many as are still "
+        "free. The engine answers one between two steps.", ge=1,
+    )  # fmt: skip
     queue_timeout_seconds: float | None = limit(
         None, "seconds", "tenant", "503 queue_timeout",
         "Wait of a request for its first token. Default: no limit.", gt=0,

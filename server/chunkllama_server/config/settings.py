@@ -147,16 +147,18 @@ class Settings(
             ConfigError: see ``key_entries``; a name or key occurs twice.
         """
         keys: dict[str, str] = {}
+        known = set[str]()
         for number, (name, key, _) in enumerate(self.key_entries(), start=1):
-            if name in keys or key in keys.values():
+            if name in keys or key in known:
                 raise ConfigError(f"api_key: entry {number} ({name}) repeats a name or a key")
             keys[name] = key
+            known.add(key)
         operators = [secret.get_secret_value() for secret in self.operator_key]
         if operators and not keys and self.admin_port is None:
             raise ConfigError(
                 "operator_key: needs api_key or admin_port; without keys anyone reads everything"
             )
-        if not all(operators) or any(key in keys.values() for key in operators):
+        if not all(operators) or not known.isdisjoint(operators):
             raise ConfigError("operator_key: empty, or the same as a tenant's key")
         return keys
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from chunkllama_server.config.settings import Settings
 
 logger = init_logger(__name__)
+
+_MAX_NAMED: Final = 5  # tenants without a key
+_MAX_COMPARED: Final = 500  # names for a hint, each of which takes 60 microseconds
 
 
 def _no_bool(value: object) -> object:
@@ -93,7 +97,7 @@ class TenantQuotas(BaseModel):
         description="Bytes of stored files and results of batches. Default: the setting "
         "file_bytes.",
     )
-    tokenizer_share: Share | None = Field(
+    tokenizer_share: Annotated[float, _Number, Field(ge=0.001, le=1)] | None = Field(
         default=None,
         description="Share of the tokenizer threads' time relative to other tenants whose long "
         "texts wait. Default: 1.",
@@ -176,14 +180,19 @@ def _read_file(
     _check_fields(defaults, f"{where}: defaults")
     _parse(defaults, f"{where}: defaults")
     listed: dict[str, dict[str, Any]] = {}
+    known, unused = set(tenants), []
     for name, fields in _mapping(document.get("tenants"), f"{where}: tenants").items():
         own = _mapping(fields, f"{where}: tenant {name}")
         _check_fields(own, f"{where}: tenant {name}")
-        if name in tenants:
+        if name in known:
             listed[name] = own
         else:  # an error would keep a key valid that was removed from the other file
-            hint = _hint(name, tenants)
-            logger.warning("%s: tenant %s: not used, it has no API key%s", where, name, hint)
+            unused.append(name)
+    for name in unused[:_MAX_NAMED]:
+        hint = _hint(name, tenants)
+        logger.warning("%s: tenant %s: not used, it has no API key%s", where, name, hint)
+    if (left := len(unused) - _MAX_NAMED) > 0:
+        logger.warning("%s: %d more tenants have no API key", where, left)
     return defaults, listed
 
 
@@ -199,7 +208,7 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*islice(known, _MAX_COMPARED)], n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from chunkllama.cache.admin import run_command
 from chunkllama.cache_messages import CacheCommand
 from chunkllama.simulation.engine import SimulatedEngine
 
+ODD_NAMES = ("a/b", "na\u00efve", "%2e", "..", "tree")
 TEXT = "you are a helpful assistant of the company and answer each question briefly " * 3
 
 
@@ -22,7 +24,8 @@ def server(start, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
-    keys.write_text("red:key-red\nblue:key-blue\n")
+    odd = (f"{name}:key-odd{number}" for number, name in enumerate(ODD_NAMES))
+    keys.write_text("\n".join(["red:key-red", "blue:key-blue", *odd]))
     served = start("--api-key-file", keys, "--admin-port", port, "--operator-key", "key-op")
     headers = {"authorization": "Bearer key-op"}
     base = f"http://127.0.0.1:{port}/admin/cache"
@@ -68,6 +71,18 @@ def test_an_operator_works_on_the_cache(server) -> None:
     assert "blue" not in counts(client)
     assert complete(served, "blue", TEXT) == 0
     assert complete(served, "red", TEXT) == 128
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_tenant_of_any_name_can_be_dropped(server, name) -> None:
+    served, client = server
+    complete(served, f"odd{ODD_NAMES.index(name)}", TEXT)
+    assert counts(client)[name] == 4
+    listed = client.get("/tree", params={"tenant": name}).json()
+    assert [node["tenant"] for node in listed["nodes"]] == [name] * 4
+    dropped = client.delete(f"/tenants/{quote(name, safe='').replace('.', '%2E')}")
+    assert dropped.json() == {"object": "dropped", "chunks": 4, "kept": 0}
+    assert name not in counts(client)
 
 
 def test_events_follow_what_is_stored_and_dropped(server) -> None:

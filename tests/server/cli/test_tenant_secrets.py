@@ -63,6 +63,15 @@ class Client:
                 {"input": text, "instructions": SHARED, "stream": stream, "max_output_tokens": 16},
                 **explain,
             )  # fmt: skip
+            for path, asked in (
+                ("/v1/messages", {"messages": messages[1:], "system": SHARED, **few}),
+                ("/api/chat", {"messages": messages, "options": {"num_predict": 2}}),
+                ("/api/generate", {"prompt": SHARED + text, "options": {"num_predict": 2}}),
+            ):
+                body = {"model": "tiny", "stream": stream, **asked}
+                assert self.send("POST", path, body, **explain).status_code == 200
+        body = {"inputs": SHARED + text, "parameters": {"max_new_tokens": 2, "details": True}}
+        self.send("POST", "/generate", body)
         for second in range(4):  # a difference that the report finds
             moment = f"at 10:00:0{second} {text} " + REST
             self.send("POST", "/v1/completions", {"prompt": SHARED + moment, **few}, **explain)
@@ -85,12 +94,31 @@ class Client:
         assert answer.status_code == 200, answer.text
         return answer.json()["id"]
 
-    def reads(self, response_id: str = "resp_none") -> None:
+    def runs_a_batch(self, text: str) -> tuple[str, str]:
+        """Run a text as a batch's only line; returns the ids of the batch and of its file."""
+        body = {"model": "tiny", "prompt": SHARED + text, "max_tokens": 2}
+        line = {"custom_id": text, "method": "POST", "url": "/v1/completions", "body": body}
+        answer = self._http.post(
+            "/v1/files", data={"purpose": "batch"}, files={"file": (text, json.dumps(line))}
+        )
+        file_id = answer.json()["id"]
+        job = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = self.send("POST", "/v1/batches", job).json()
+        while batch["status"] != "completed":
+            assert batch["status"] in ("validating", "in_progress", "finalizing"), batch
+            batch = self.send("GET", f"/v1/batches/{batch['id']}").json()
+        assert batch["request_counts"]["completed"] == 1, batch
+        return batch["id"], file_id
+
+    def reads(self, response_id: str, batch_id: str, file_id: str) -> None:
         """Read everything that has no prompt."""
         for path in (
             *("/metrics", "/v1/usage", "/v1/models", "/dashboard", "/dashboard/data"),
             *("/dashboard/tenants", "/dashboard/divergence", "/health", "/openapi.json"),
+            *("/dashboard/requests", "/dashboard/history", "/v1/loads", "/server_info"),
             *(f"/v1/responses/{response_id}", f"/v1/responses/{response_id}/input_items"),
+            *("/v1/files", f"/v1/files/{file_id}", f"/v1/files/{file_id}/content"),
+            *("/v1/batches", f"/v1/batches/{batch_id}", "/v1/fine_tuning/jobs", "/api/ps"),
         ):
             self.send("GET", path)
         self.send("POST", f"/v1/responses/{response_id}/cancel", {})
@@ -129,7 +157,8 @@ def test_no_output_holds_what_another_tenant_sent(served) -> None:
     token_ids = cobalt.send("POST", "/tokenize", {"prompt": SECRET}).json()["tokens"]
     assert len(token_ids) >= len(SECRET)
     response_id = cobalt.prompts(SECRET)
-    cobalt.reads(response_id)
+    ids = response_id, *cobalt.runs_a_batch(SECRET)
+    cobalt.reads(*ids)
     with pytest.raises(AssertionError):  # the search finds it where it may be
         check_absent(cobalt.seen, token_ids)
     assert cobalt.send("GET", "/dashboard/divergence").json()["data"], "its prompts have a row"
@@ -139,7 +168,7 @@ def test_no_output_holds_what_another_tenant_sent(served) -> None:
         for path in ("/v1/cache/explain", "/v1/completions"):
             body = {"prompt": f"{SHARED}{SECRET[:length]}?", "max_tokens": 1}
             crimson.send("POST", path, body, **{"x-chunkllama-explain": "1"})
-    crimson.reads(response_id)
+    crimson.reads(*ids)
     check_absent(crimson.seen, token_ids)
     assert all("cobalt" not in text for text in crimson.seen)
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, cast
@@ -40,6 +40,7 @@ from chunkllama_server.api.common.idle_prefill import IdlePrefill
 from chunkllama_server.transport.internal import queued
 
 _RETRY_AFTER = 2  # before anything has ended
+_RETRY_QUESTION = 1
 _MAX_RETRY_AFTER = 30
 _EXPECTED_TOKENS = 256  # of an answer whose length is not known
 _RATE_WINDOW = 64
@@ -52,6 +53,7 @@ class QueueLimits:
     Attributes:
         tokens: prompt tokens of requests without a token yet, once for each choice.
         chunks: K/V chunks of ``chunk_size`` tokens that these requests will need.
+        questions: prompts whose match in the cache is to be explained.
         queue_seconds: until a request's first token.
         request_seconds: until its end.
     """
@@ -59,6 +61,7 @@ class QueueLimits:
     tokens: int | None = None
     chunks: int | None = None
     chunk_size: int = 64
+    questions: int | None = None
     queue_seconds: float | None = None
     request_seconds: float | None = None
 
@@ -149,6 +152,7 @@ class ChargedEngine:
         self._queue_share = queue_share
         self._has_own_limit = has_own_limit
         self._by_tenant: defaultdict[str, _Charge] = defaultdict(_Charge)
+        self._questions: Counter[str] = Counter()  # without an answer, by tenant
         self._rate = EndRate()
         self.live: dict[str, LiveRequest] = {}
         self.num_sequences = 0
@@ -330,7 +334,30 @@ class ChargedEngine:
     async def explain(
         self, prompt_token_ids: list[int], namespace: str = "", tenant: str = "", adapter: str = ""
     ) -> CacheExplanation:
-        return await self._engine.explain(prompt_token_ids, namespace, tenant, adapter)
+        """As ``EngineClient.explain``; the engine answers one question between two steps.
+
+        Raises:
+            OverloadedError: too many of the tenant, or of all, have no answer yet.
+        """
+        self._check_questions(tenant)
+        self._questions[tenant] += 1
+        try:
+            return await self._engine.explain(prompt_token_ids, namespace, tenant, adapter)
+        finally:
+            self._questions[tenant] -= 1
+
+    def _check_questions(self, tenant: str) -> None:
+        """Let a tenant ask as many questions as are still free, so that one has half at most."""
+        most, present, own = self._limits.questions, self._questions.total(), self._questions
+        if most is None:
+            return
+        if present >= most:
+            what = f"{present} prompts wait to be explained, the server takes {most}"
+        elif tenant and own[tenant] >= most - present:
+            what = f"{own[tenant]} prompts of this API key wait to be explained, its share"
+        else:
+            return
+        raise OverloadedError(f"{what}; try again later", _RETRY_QUESTION)
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:

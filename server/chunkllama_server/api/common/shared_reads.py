@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -21,15 +22,18 @@ class SharedReads:
     Args:
         clock: monotonic seconds.
         sleep: waits for so many.
+        most_pause: seconds between two reads, however long the last one took.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        most_pause: float = math.inf,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
+        self._most_pause = most_pause
         self._next: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
         self._turn = asyncio.Lock()
         self._not_before = 0.0
@@ -59,7 +63,7 @@ class SharedReads:
                 return await read()
             finally:
                 ended = self._clock()
-                self._not_before = ended + _PAUSE * (ended - began)
+                self._not_before = ended + min(_PAUSE * (ended - began), self._most_pause)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
