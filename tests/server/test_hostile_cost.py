@@ -298,3 +298,21 @@ def test_a_failed_read_is_tried_again() -> None:
 def test_repetition_penalties_that_overflow_are_refused(value) -> None:
     with pytest.raises(InvalidRequestError, match="repetition_penalty"):
         SamplingParams(repetition_penalty=value)
+
+
+def test_a_text_at_which_the_tokenizer_fails_is_400(server, monkeypatch) -> None:
+    """The library reports a failed assertion as an error that is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Backend:
+        def encode_batch_fast(self, *_: object, **__: object) -> None:
+            raise PanicException("Onig: Regex search error")
+
+    for name in ("_plain", "_backend"):
+        monkeypatch.setattr(server.app.state.context.text.tokenizer, name, Backend())
+    for text in ("short", "long " * 5000):
+        answer = server.post("/v1/completions", {"model": "alias", "prompt": text})
+        assert answer.status_code == 400, answer.text
+        assert "tokenizer fails at this text: Onig" in answer.json()["error"]["message"]

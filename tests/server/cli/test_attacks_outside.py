@@ -95,7 +95,7 @@ def test_S26_what_another_tenant_has_cached_is_computed_again(keyed, length: int
         computed = metric(keyed, "prefill_tokens_computed_total") - before
         return usage["prompt_tokens_details"]["cached_tokens"], computed
 
-    known, new = tokens(length, length), tokens(-1 - length, length)
+    known, new = tokens(length, length), tokens(1000 + length, length)
     ask("red", known)
     assert ask("blue", known) == ask("blue", new) == (0, length)
     assert ask("red", known) == (length - 1, 1), "the same tenant finds it, so the test can fail"
