@@ -38,6 +38,7 @@ class MaskThreads:
         self._words = -(-vocab_size // 32)
         self._eos_token_ids = tuple(eos_token_ids)
         self._clock = clock
+        self._begun: Future[None] | None = None  # of the last start's quick masks
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
         self._slow = ThreadPoolExecutor(1, "grammar-slow-mask", lower_priority)
 
@@ -46,19 +47,22 @@ class MaskThreads:
         missing = [
             s
             for s in states
-            if s.matcher and not s.failed and s.mask is None and s.mask_task is None
+            if (s.matcher or s.new_matcher)
+            and not s.failed
+            and s.mask is None
+            and s.mask_task is None
         ]
         quick = [s for s in missing if s.slowest_mask <= SLOW_SECONDS]
-        if quick:
-            self._submit(self._quick, quick)
+        self._begun = self._submit(self._quick, quick) if quick else None
         for state in missing:
             if state.slowest_mask > SLOW_SECONDS:
                 self._submit(self._slow, [state])
 
-    def _submit(self, pool: ThreadPoolExecutor, states: list[SequenceState]) -> None:
+    def _submit(self, pool: ThreadPoolExecutor, states: list[SequenceState]) -> Future[None]:
         task = pool.submit(self._compute, states)
         for state in states:
             state.mask_task = task
+        return task
 
     def _compute(self, states: list[SequenceState]) -> None:
         for state in states:
@@ -66,11 +70,15 @@ class MaskThreads:
                 self._compute_one(state)
 
     def _compute_one(self, state: SequenceState) -> None:
-        assert state.matcher is not None
-        started = self._clock()
+        started = made = self._clock()
+        if state.matcher is None:
+            assert state.new_matcher is not None, "no grammar"
+            state.matcher = state.new_matcher()
+            made = self._clock()
         mask = self._mask(state.matcher, state)
-        state.mask_seconds = self._clock() - started
-        state.slowest_mask = max(state.mask_seconds, _DECAY * state.slowest_mask)
+        ended = self._clock()
+        state.mask_seconds = ended - started
+        state.slowest_mask = max(ended - made, _DECAY * state.slowest_mask)
         if state.drafts and state.slowest_mask <= SLOW_SECONDS:
             self._compute_after_drafts(state, state.matcher)
             state.mask_seconds = self._clock() - started
@@ -95,18 +103,19 @@ class MaskThreads:
             matcher.fill_mask(mask, whole=True)
         return mask
 
-    def wait(self, states: Iterable[SequenceState], seconds: float | None) -> None:
-        """Wait for the masks of ``states`` at most this long; None is without limit.
+    def wait(self, seconds: float) -> None:
+        """Wait at most this long for the quick masks that the last ``start`` has begun.
 
-        A sequence whose grammar raised an error has failed instead.
+        What an earlier one began is slow, though no measurement says so yet. A sequence whose
+        grammar raised an error has failed instead of having a mask.
         """
-        if tasks := _tasks(states):
-            wait(tasks, seconds)
+        if self._begun is not None:
+            wait({self._begun}, seconds)
+
+    def wait_for_all(self, states: Iterable[SequenceState]) -> None:
+        """Wait for the masks of ``states`` that are being computed, however long they take."""
+        wait({s.mask_task for s in states if s.mask is None and s.mask_task is not None})
 
     def close(self) -> None:
         self._quick.shutdown(wait=True, cancel_futures=True)
         self._slow.shutdown(wait=True, cancel_futures=True)
-
-
-def _tasks(states: Iterable[SequenceState]) -> set[Future[None]]:
-    return {s.mask_task for s in states if s.mask is None and s.mask_task is not None}

@@ -3,8 +3,9 @@
 Rows of the model cost alike, but what follows it does not: a mask takes 0.05 ms or 50 ms, and a
 request of 128 choices samples 128 rows. Every other request of the step waits for that. So each
 request has a credit in seconds, which is refilled with a share of the model's time in each step and
-pays for its rows. Rows that it does not cover are sampled in a later step. A row's token depends on
-that row alone, so tokens do not depend on the step they are sampled in.
+pays for its rows. Rows that it does not cover are sampled in a later step; of a request whose rows
+have an unknown cost the first step samples one. A row's token depends on that row alone, so tokens
+do not depend on the step they are sampled in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ class RowBudget:
         self._share = share
         self._credits: dict[str, float] = {}
         self._row_seconds: dict[str, float] = {}
-        self._usual_seconds = 0.0
 
     @property
     def share(self) -> float:
@@ -60,11 +60,13 @@ class RowBudget:
 
     def _num_rows(self, request_id: str) -> int:
         """Rows that the credit covers; at least one unless it is used up."""
-        credit = self._credits.get(request_id)
-        cost = self._row_seconds.get(request_id, self._usual_seconds)
-        if credit is None or cost <= 0.0:
-            return 1 << 30
-        return max(1, int(credit / cost)) if credit >= 0.0 else 0
+        credit = self._credits.get(request_id, 0.0)
+        cost = self._row_seconds.get(request_id)
+        if credit < 0.0:
+            return 0
+        if cost is None:
+            return 1
+        return max(1, int(credit / cost)) if cost > 0.0 else 1 << 30
 
     def _forgive(self, request_ids: Collection[str]) -> None:
         """Raise the credits of requests that are all in debt, so that the least of them is paid."""
@@ -72,13 +74,16 @@ class RowBudget:
         for request_id in request_ids:
             self._credits[request_id] += missing
 
-    def charge(self, request_id: str, seconds: float, num_rows: int) -> None:
-        """Take what ``num_rows`` rows of a request have cost from its credit."""
+    def charge(self, request_id: str, seconds: float) -> None:
+        """Take time from a request's credit."""
         self._credits[request_id] = self._credits.get(request_id, 0.0) - seconds
+
+    def charge_rows(self, request_id: str, seconds: float, num_rows: int) -> None:
+        """Take what ``num_rows`` rows of a request have cost from its credit."""
+        self.charge(request_id, seconds)
         cost = seconds / num_rows
         known = self._row_seconds.get(request_id, cost)
         self._row_seconds[request_id] = known + _SMOOTHING * (cost - known)
-        self._usual_seconds += _SMOOTHING * (cost - self._usual_seconds)
 
     def refill(self, model_seconds: float, present: Collection[str]) -> None:
         """Add the share of a step whose model pass took ``model_seconds``; forget who has left."""

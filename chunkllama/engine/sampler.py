@@ -100,7 +100,7 @@ class Sampler:
         Args:
             logits: [N, V] float32; overwritten.
             sequences: of the N rows.
-            masks: row -> grammar bit mask [ceil(V / 32)].
+            masks: row -> grammar bit mask [ceil(V / 32)]; not changed.
         """
         top = logits.amax(dim=1)
         is_broken = ~top.isfinite()
@@ -144,6 +144,7 @@ class Sampler:
     ) -> bool:
         """Apply masks, bans, bias and penalties; report whether any logit was edited."""
         vocab_size = logits.shape[1]
+        masks = _with_allowed(masks, sequences, -(-vocab_size // 32), times)
         if logits.is_cuda:
             self._forbid(logits, masks)
             times.charge([*masks])
@@ -154,15 +155,9 @@ class Sampler:
                 times.charge([row])
         additions = _Entries(vocab_size)
         for row, sequence in enumerate(sequences):
-            sampling = sequence.sampling
-            if sampling.allowed_token_ids:
-                ids = sequence.allowed_ids(vocab_size, self._ops.upload)
-                kept = logits[row, ids]
-                logits[row] = -torch.inf
-                logits[row, ids] = kept
             for token in sequence.banned_ids(self._eos_token_ids):
                 additions.add(row, token, -np.inf)
-            for token, bias in sampling.logit_bias.items():
+            for token, bias in sequence.sampling.logit_bias.items():
                 additions.add(row, token, bias)
             times.charge([row])
         if additions:
@@ -173,8 +168,7 @@ class Sampler:
         for row in penalised:
             _penalise(logits[row], sequences[row], self._ops.upload)
             times.charge([row])
-        restricted = any(sequence.sampling.allowed_token_ids for sequence in sequences)
-        return bool(masks or additions or penalised or restricted)
+        return bool(masks or additions or penalised)
 
     def _forbid(self, logits: torch.Tensor, masks: dict[int, NDArray[np.int32]]) -> None:
         """Let the masks' words say on the device which logits of their rows become -inf."""
@@ -242,6 +236,22 @@ class Sampler:
     def _rows_of(self, values: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """These rows of values; without a copy where they are all."""
         return values if len(rows) == len(values) else values[self._ops.upload(np.array(rows))]
+
+
+def _with_allowed(
+    masks: dict[int, NDArray[np.int32]],
+    sequences: list[SequenceState],
+    num_words: int,
+    times: RowTimes,
+) -> dict[int, NDArray[np.int32]]:
+    """Return the grammars' masks [num_words] and the requests' own, both where a row has both."""
+    found = dict(masks)
+    for row, sequence in enumerate(sequences):
+        allowed = sequence.allowed_mask(num_words)
+        if allowed is not None:
+            found[row] = allowed & found[row] if row in found else allowed
+            times.charge([row])
+    return found
 
 
 def takes_best(sampling: SamplingParams) -> bool:

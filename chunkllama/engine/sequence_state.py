@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkllama.backends.draws import Upload
 from chunkllama.cache.adapter_tags import AdapterUse
 from chunkllama.engine.grammar import TOO_COMPLEX, Matcher, is_beyond_limits
-from chunkllama.engine.token_masks import allow, forbid, is_allowed
+from chunkllama.engine.token_masks import forbid, is_allowed, mask_of
 from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.logger import init_logger
 from chunkllama.sampling_params import SamplingParams
@@ -30,8 +29,10 @@ class SequenceState:
     Attributes:
         index: of the choice within its request; part of the random numbers' counter.
         request_id: whose choice it is.
-        matcher: the grammar's state after ``output_token_ids``; None without a grammar, or while
-            ``pending_matcher`` is being made.
+        matcher: the grammar's state after ``output_token_ids``; None without a grammar, while
+            ``pending_matcher`` is being made, or before the first mask.
+        new_matcher: makes the matcher for the first mask; None without a grammar, or where the
+            matcher is made in advance.
         mask: of the tokens that may come next, once ``mask_task`` has computed it.
         drafts: guesses at the next tokens, which this step's rows check.
         draft_masks: of the tokens that may come after the first guess, the first two, ..., as far
@@ -51,6 +52,7 @@ class SequenceState:
     pooling: str = ""
     matcher: Matcher | None = None
     pending_matcher: Future[Matcher] | None = None
+    new_matcher: Callable[[], Matcher] | None = field(default=None, repr=False)
     mask: NDArray[np.int32] | None = field(default=None, repr=False)
     mask_task: Future[None] | None = field(default=None, repr=False)
     drafts: list[int] = field(default_factory=list)
@@ -61,14 +63,16 @@ class SequenceState:
     pooled: torch.Tensor | None = field(default=None, repr=False)
     hidden: torch.Tensor | None = field(default=None, repr=False)
     adapter: AdapterUse | None = None
-    _allowed_ids: torch.Tensor | None = field(default=None, repr=False)
+    _allowed: NDArray[np.int32] | None = field(default=None, repr=False)
 
-    def allowed_ids(self, vocab_size: int, upload: Upload) -> torch.Tensor:
-        """int64 ids of ``allowed_token_ids`` that the model has; made once."""
-        if self._allowed_ids is None:
-            known = [token for token in self.sampling.allowed_token_ids if 0 <= token < vocab_size]
-            self._allowed_ids = upload(np.array(known, np.int64))
-        return self._allowed_ids
+    def allowed_mask(self, num_words: int) -> NDArray[np.int32] | None:
+        """Mask [num_words] of those of ``allowed_token_ids`` that fit in it, made once; None where
+        the request allows every token.
+        """
+        if self._allowed is None and self.sampling.allowed_token_ids:
+            ids = np.array(self.sampling.allowed_token_ids, np.int64)
+            self._allowed = mask_of(ids[(ids >= 0) & (ids < 32 * num_words)], num_words)
+        return self._allowed
 
     def banned_ids(self, eos_token_ids: Iterable[int]) -> Iterator[int]:
         """Yield the tokens that ``min_tokens`` and ``bad_words`` forbid as the next.
@@ -87,14 +91,8 @@ class SequenceState:
 
     def leaves_any(self, mask: NDArray[np.int32], eos_token_ids: Iterable[int]) -> bool:
         """Return whether the parameters allow a token of a grammar's mask [ceil(vocab / 32)]."""
-        left, banned = mask, [*self.banned_ids(eos_token_ids)]
-        if self.sampling.allowed_token_ids:
-            left = np.zeros_like(mask)
-            for token_id in self.sampling.allowed_token_ids:
-                if is_allowed(mask, token_id):
-                    allow(left, token_id)
-        elif banned:
-            left = mask.copy()
+        banned, allowed = [*self.banned_ids(eos_token_ids)], self.allowed_mask(len(mask))
+        left = mask.copy() if allowed is None else mask & allowed
         for token_id in banned:
             if is_allowed(left, token_id):
                 forbid(left, token_id)
@@ -103,9 +101,8 @@ class SequenceState:
     @property
     def is_ready(self) -> bool:
         """Whether the next token can be drawn: its mask is there, or none is needed."""
-        if self.failed or (self.matcher is None and self.pending_matcher is None):
-            return True
-        return self.mask is not None
+        needs_mask = self.matcher or self.pending_matcher or self.new_matcher
+        return bool(self.failed) or needs_mask is None or self.mask is not None
 
     @property
     def num_rows(self) -> int:

@@ -129,7 +129,10 @@ class StepSampler:
         """The chosen slots whose masks are there, after a wait that the other requests can bear."""
         states = [self._sequences[slot] for slot in self._chosen]
         limit = self._budget.share * self._model_seconds
-        self._masks.wait(states, None if self._is_alone else limit)
+        if self._is_alone:
+            self._masks.wait_for_all(states)
+        else:
+            self._masks.wait(limit)
         ready = [slot for slot in self._chosen if self._sequences[slot].is_ready]
         if ready or output.slices:
             return ready
@@ -181,9 +184,10 @@ class StepSampler:
         """Report what the grammars leave no choice for after the tokens of this step.
 
         It is computed here, between two steps, so a grammar whose masks are slow goes without: the
-        same text is what makes them slow. All together take what one request's masks may take.
+        same text is what makes them slow. All together take what one request's masks may take, and
+        each request's credit pays for its own.
         """
-        began = self._clock()
+        began = now = self._clock()
         limit = max(self._budget.share * self._model_seconds, SLOW_SECONDS)
         for slot in slots:
             state = self._sequences[slot]
@@ -191,11 +195,13 @@ class StepSampler:
                 continue
             if state.slowest_mask > SLOW_SECONDS:
                 continue
-            if not self._is_alone and self._clock() - began > limit:
+            if not self._is_alone and now - began > limit:
                 return
             with state.using_grammar():
                 if forced := state.matcher.forced():
                     sampled.forced[slot] = forced
+            before, now = now, self._clock()
+            self._budget.charge(state.request_id, now - before)
 
     def _end_model(self, began: float | None, rows_seconds: float = 0.0) -> None:
         """Note what a pass took but for ``rows_seconds``, which single rows are charged for."""
@@ -208,7 +214,7 @@ class StepSampler:
             mask_seconds = state.mask_seconds if state.mask is not None else 0.0
             costs.setdefault(state.request_id, []).append(outcome.seconds + mask_seconds)
         for request_id, seconds in costs.items():
-            self._budget.charge(request_id, sum(seconds), len(seconds))
+            self._budget.charge_rows(request_id, sum(seconds), len(seconds))
 
 
 def _samples(output: SchedulerOutput) -> list[int]:

@@ -14,10 +14,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from chunkllama.errors import ConfigError
+from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.text.byte_alphabet import BYTE_OF_CHAR
 from chunkllama.text.llama_parts import SPIECE_SPACE
-from chunkllama.text.tokenizer_files import DecodeRule, read_tokenizer_files
+from chunkllama.text.tokenizer_files import DecodeRule, add_tokens, read_tokenizer_files
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PROBE = "A probe: 1 line,\nUTF-8 \u00e9\u4e2d."
@@ -153,29 +153,48 @@ class Tokenizer:
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
             if (value := getattr(self._backend, part)) is not None:
                 setattr(plain, part, value)
-        for token in [*self.added_tokens.values(), AddedToken(_ANCHOR, normalized=False)]:
-            # encode_special_tokens hides exactly the tokens flagged special.
-            flagged = AddedToken(
-                token.content,
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=token.normalized,
-                special=token.content in control,
-            )
-            if flagged.special:
-                plain.add_special_tokens([flagged])
-            else:
-                plain.add_tokens([flagged])
+        tokens = [*self.added_tokens.values(), AddedToken(_ANCHOR, normalized=False)]
+        # encode_special_tokens hides exactly the tokens flagged special.
+        add_tokens(
+            plain,
+            [
+                AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=token.content in control,
+                )
+                for token in tokens
+            ],
+        )
         plain.encode_special_tokens = True
         return plain
 
 
 def encode_ids(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     """Return ids of one text. Only the backend's batch calls release the interpreter lock, and a
-    megabyte takes more than a second."""
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    megabyte takes more than a second.
+
+    Raises:
+        InvalidRequestError: the library fails at this text, e.g. since a pattern of the model's
+            tokenizer would take too long.
+    """
+    try:
+        encoded = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidRequestError(f"the model's tokenizer fails at this text: {reason}") from None
+    ids: list[int] = encoded[0].ids
     return ids
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Tell whether the library has reported a bug of its own, which is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def encode_continuation(plain: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -196,8 +215,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except ConfigError:
         raise
     except BaseException as error:
-        # The library reports a bug of its own as a PanicException, which is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         reason = " ".join(repr(error).split())[:200]
         raise ConfigError(

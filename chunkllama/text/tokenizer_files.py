@@ -5,6 +5,9 @@ tiktoken), and what tokenizer_config.json and others add to it. Imports no torch
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +23,11 @@ _NAMED_TOKENS: Final = (
     *("bos_token", "eos_token", "unk_token"),
     *("sep_token", "pad_token", "cls_token"),
 )
+
+
+# Characters that a normalizer may make of one; NFKD, which makes most, makes 18.
+_MOST_GROWTH: Final = 64
+_MOST_AROUND: Final = 64  # tokens that a post-processor may put around a text
 
 
 class DecodeRule(NamedTuple):
@@ -71,6 +79,11 @@ def read_tokenizer_files(
         _add_missing_bos(backend, config, special_tokens)
     else:
         backend.post_processor = _template(backend, config, special_tokens)
+    if (count := backend.num_special_tokens_to_add(False)) > _MOST_AROUND:
+        raise ConfigError(
+            f"{json_path}: the post-processor puts {count} tokens around a text, at most "
+            f"{_MOST_AROUND} are accepted; download the file again"
+        )
     rule = _decode_rule(backend, json_path)
     return (
         *(backend, rule, special_tokens),
@@ -92,11 +105,33 @@ def _load_json(
                 return tokenizers.Tokenizer.from_str(
                     json.dumps(as_llama_sentencepiece(document, config))
                 )
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except ConfigError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{path} is not a tokenizer this version can read: {error}") from error
+    normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
+    if (growth := _growth(normalizer)) > _MOST_GROWTH:
+        raise ConfigError(
+            f"{path}: the normalizer may make {min(growth, 10**9)} characters of one, at most "
+            f"{_MOST_GROWTH} are accepted; download the file again"
+        )
+    return backend
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """Return the characters that a step of a normalizer makes of one, at most; those of Unicode's
+    forms and of a table of characters are not counted."""
+    match step.get("type"):
+        case "Sequence":
+            return math.prod(_growth(each) for each in step["normalizers"])
+        case "Prepend":
+            return 1 + len(step["prepend"])
+        case "Replace":
+            found = len(step["pattern"].get("String", ""))  # a regular expression may match ""
+            made = len(step["content"])
+            return max(-(-made // found), 1) if found else 1 + made
+    return 1
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,17 +172,25 @@ def _add_configured_tokens(
     """Tokens that tokenizer_config.json names and the tokenizer file lacks."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
+    missing: list[AddedToken] = []
     for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         if entry["content"] not in known:
-            token = AddedToken(**{**entry, "special": bool(entry.get("special"))})
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            missing.append(AddedToken(**{**entry, "special": bool(entry.get("special"))}))
             known.add(entry["content"])
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     for content in [*special_tokens.values(), *(_content(token) for token in extra)]:
         if content and content not in known:
-            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+            missing.append(AddedToken(content, special=True, normalized=False))
             known.add(content)
+    add_tokens(backend, missing)
+
+
+def add_tokens(backend: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> None:
+    """Add tokens in their order, in as few calls as that takes: each builds the search for all
+    added tokens again, and models have thousands."""
+    for is_special, run in groupby(tokens, key=lambda token: bool(token.special)):
+        (backend.add_special_tokens if is_special else backend.add_tokens)([*run])
 
 
 def _add_missing_bos(

@@ -204,7 +204,7 @@ def test_where_the_end_is_forbidden_the_grammar_alone_decides(compiler, tokenize
     assert not state.leaves_any(allowed(matcher.copy()), [EOS])
     threads = MaskThreads(VOCAB, [EOS])
     threads.start([state])
-    threads.wait([state], None)
+    threads.wait_for_all([state])
     threads.close()
     assert state.mask is not None
     assert state.leaves_any(state.mask, [EOS]) and is_allowed(state.mask, brace)

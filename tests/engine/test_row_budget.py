@@ -30,7 +30,7 @@ def step(budget: RowBudget, waiting: dict[str, list[int]], cost: dict[str, float
     for name, slots in waiting.items():
         own = [slot for slot in slots if slot in chosen]
         if own:
-            budget.charge(name, cost[name] * len(own), len(own))
+            budget.charge_rows(name, cost[name] * len(own), len(own))
     budget.refill(0.02, set(waiting))
     return chosen
 
@@ -52,7 +52,7 @@ def test_a_dear_request_takes_its_share_and_others_lose_no_row(
         seen.update(chosen)
         waiting["costly"].sort(key=lambda slot: seen[slot])  # the longest deferred come first
         spent = sum(seen[slot] for slot in range(1, num_rows + 1)) * row_seconds
-        largest_debt = row_seconds * num_rows  # the first step knows no cost
+        largest_debt = row_seconds  # the first step knows no cost
         assert spent <= share * 0.02 * (number + 1) + largest_debt
     assert spent >= 0.8 * share * 0.02 * 500 - largest_debt, "the share is used"
     counts = [seen[slot] for slot in range(1, num_rows + 1)]
@@ -178,7 +178,6 @@ def test_a_request_of_many_choices_does_not_slow_others(timed_core, run) -> None
     engine.step()
     attack = engine.add([7, 8, 9], 40, **costly)
     clock = engine.core.test_clock
-    engine.step()  # the first sample of each choice, at a cost that is not known yet
     durations = []
     for _ in range(40):
         before, count = clock.now, len(engine.outputs[victim])
@@ -216,16 +215,44 @@ def test_forced_text_takes_a_bounded_part_of_a_step(timed_core) -> None:
     grammar = _ForcedText(sampler._clock)
     states = {}
     for slot in range(20):
-        state = SequenceState(SamplingParams(), 0, np.array([1], np.int32), [3])
+        state = SequenceState(SamplingParams(), 0, np.array([1], np.int32), [3], f"r{slot}")
         state.matcher, state.slowest_mask = grammar, 0.3 if slot == 0 else 0.0
         states[slot] = state
     sampler._sequences, sampler._model_seconds, sampler._is_alone = states, 0.02, False
     sampled = SampledTokens(dict.fromkeys(states, 1))
     sampler._report_forced(list(states), sampled)
     assert grammar.num_calls == 3 and set(sampled.forced) == {1, 2, 3}
+    assert sampler._budget.choose([(1, "r1"), (4, "r4")], {"r1", "r4"}, must_choose=False) == {4}
     sampler._is_alone = True
     sampler._report_forced(list(states), sampled)
     assert grammar.num_calls == 3 + 19, "a slow grammar is not asked"
+
+
+class _AnyText:
+    """A grammar that allows every token."""
+
+    is_finished = False
+    error = ""
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        mask[:] = -1
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+
+def give_matchers(core: EngineCore, make: Callable[[], _AnyText]) -> None:
+    """Let requests that want log-probabilities have grammars."""
+    runner = core._executor
+    new_state = runner._new_state
+
+    def with_matcher(new: Any) -> SequenceState:
+        state = new_state(new)
+        if new.sampling.logprobs is not None:
+            state.new_matcher = make
+        return state
+
+    runner._new_state = with_matcher
 
 
 def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:
@@ -233,33 +260,17 @@ def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:
     release = threading.Event()
     calls: list[str] = []
 
-    class Matcher:
-        is_finished = False
-        error = ""
-
+    class Matcher(_AnyText):
         def fill_mask(self, mask: np.ndarray) -> None:
             calls.append("begin")
             assert release.wait(60)
-            mask[:] = -1
-
-        def accept(self, token_id: int) -> bool:
-            return True
+            super().fill_mask(mask)
 
     core = tiny_core(num_chunks=64)
-    runner = core._executor
+    give_matchers(core, Matcher)
     engine = run(core)
     victim = engine.add(PROMPT, 30)
     engine.step()
-
-    new_state = runner._new_state
-
-    def with_matcher(new: Any) -> SequenceState:
-        state = new_state(new)
-        if new.sampling.logprobs is not None:
-            state.matcher = Matcher()
-        return state
-
-    runner._new_state = with_matcher
     slow = engine.add([7, 8, 9], 4, logprobs=0)
     for _ in range(20):
         engine.step()
@@ -273,6 +284,46 @@ def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:
     expected = reference.add([7, 8, 9], 4, logprobs=0)
     reference.finish()
     assert reference.outputs[expected] == engine.outputs[slow]
+
+
+def test_matchers_of_choices_are_made_as_their_rows_are_sampled(tiny_core: MakeCore, run) -> None:
+    """Each copies the state of the grammar: the step that starts 16 choices copies one."""
+    made: list[_AnyText] = []
+
+    def make() -> _AnyText:
+        made.append(_AnyText())
+        return made[-1]
+
+    core = tiny_core(num_chunks=64)
+    give_matchers(core, make)
+    engine = run(core)
+    victim = engine.add(PROMPT, 30)
+    engine.step()
+    sampled = {"n": 16, "logprobs": 0, "temperature": 1.0, "seed": 3}
+    choices = engine.add([7, 8, 9], 4, **sampled)
+    engine.step()
+    assert len(made) <= 1 and len(core._executor._sequences) > 2
+    engine.finish()
+    assert len(made) == 16 and len(engine.outputs[victim]) == 30
+    reference = run(tiny_core(num_chunks=64))
+    expected = reference.add([7, 8, 9], 4, **sampled)
+    reference.finish()
+    assert sorted(reference.outputs[expected]) == sorted(engine.outputs[choices])
+
+
+def test_a_matcher_that_cannot_be_made_fails_its_request_alone(tiny_core: MakeCore, run) -> None:
+    def make() -> _AnyText:
+        raise RuntimeError("a bug")
+
+    core = tiny_core(num_chunks=64)
+    give_matchers(core, make)
+    engine = run(core)
+    engine.add(PROMPT, 10)
+    failing = engine.add([7, 8, 9], 4, logprobs=0)
+    deltas = [delta for _ in range(10) for delta in core.step()]
+    (failed,) = [delta for delta in deltas if delta.request_id == failing]
+    assert failed.error is not None and failed.error.code == "grammar_error"
+    assert sum(len(choice.token_ids) for delta in deltas for choice in delta.choices) == 10
 
 
 def test_a_preempted_or_aborted_row_that_waits_is_dropped(tiny_core: MakeCore, run) -> None:

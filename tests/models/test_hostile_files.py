@@ -16,7 +16,7 @@ import tiny_forms
 
 from chunkllama.config import EngineConfig
 from chunkllama.engine.build import build_engine
-from chunkllama.errors import ConfigError
+from chunkllama.errors import ConfigError, InvalidRequestError
 from chunkllama.models.config import read_spec
 from chunkllama.models.loading.gguf import convert_gguf, index_gguf
 from chunkllama.models.loading.gguf_index import read_index
@@ -146,6 +146,71 @@ def test_a_token_no_grammar_can_hold_is_refused(place: str, folder: Path) -> Non
         (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
     with pytest.raises(ConfigError, match="a token of 2000 characters"):
         load_tokenizer(folder)
+
+
+def _normalized_by(folder: Path, *steps: dict[str, object]) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "Sequence", "normalizers": [*steps]}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [_replace({"String": "a"}, "aa")] * 500,
+        [{"type": "Sequence", "normalizers": [_replace({"String": "ab"}, "abab")]}] * 7,
+        [_replace({"Regex": ""}, "x" * 64)],
+        [_replace({"String": " "}, "x" * 65)],
+        [{"type": "Prepend", "prepend": "a" * 64}],
+        [{"type": "Prepend", "prepend": "a"}] * 7,
+    ],
+    ids=["doubled", "nested", "between", "replaced", "prepended", "each prepended"],
+)
+def test_normalizers_that_lengthen_texts_without_bound_are_refused(steps, folder: Path) -> None:
+    """Twenty of the first kind make a megabyte of one letter."""
+    _normalized_by(folder, *steps)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: the normalizer .* at most 64"):
+        load_tokenizer(folder)
+
+
+def test_normalizers_of_models_are_accepted(folder: Path) -> None:
+    space = _replace({"String": " "}, "\u2581")
+    _normalized_by(folder, {"type": "Prepend", "prepend": "\u2581"}, space, {"type": "NFKC"})
+    assert load_tokenizer(folder).encode("a b")
+
+
+def test_a_post_processor_that_puts_thousands_of_tokens_around_a_text_is_refused(folder) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    token = {"SpecialToken": {"id": "<b>", "type_id": 0}}
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token] * 100 + text,
+        "pair": text,
+        "special_tokens": {"<b>": {"id": "<b>", "ids": [256] * 50, "tokens": ["<b>"] * 50}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="puts 5000 tokens around a text, at most 64"):
+        load_tokenizer(folder)
+
+
+def test_a_text_at_which_the_models_pattern_takes_too_long_is_refused(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}}
+    split = {**pattern, "behavior": "Isolated", "invert": False}
+    document["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, document["pre_tokenizer"]],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("aaa")
+    with pytest.raises(InvalidRequestError, match="tokenizer fails at this text: Onig"):
+        tokenizer.encode("a" * 60 + "!")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The attacks S1 to S34, from outside, each by its number; ATTACKS says where each is tested."""
+"""The attacks S1 to S34, from outside, each by its number; REASONS says why some have no test."""
 
 from __future__ import annotations
 

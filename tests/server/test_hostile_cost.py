@@ -202,16 +202,21 @@ def test_stored_responses_hold_what_they_are_counted_for() -> None:
     import tracemalloc
 
     store = ResponseStore(1000, 64 << 20, 60.0)
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for index in range(20):
+
+    def put(index: int) -> None:
         messages = [ChatMessage(role="user", content=chr(97 + i % 26)) for i in range(1000)]
         response: Any = {"id": str(index), "output": []}
-        store.put("t", StoredResponse(response, messages))
-        del messages
+        given = [{"id": f"msg_{index}_{i}", "type": "message"} for i in range(index % 3 * 50)]
+        store.put("t", StoredResponse(response, messages, given))
+
+    put(0)  # what is made once
+    tracemalloc.start()
+    before, counted = tracemalloc.get_traced_memory()[0], store.num_bytes
+    for index in range(1, 100):
+        put(index)
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert held < 1.5 * store.num_bytes
+    assert held < 1.5 * (store.num_bytes - counted)
     assert store.get("t", "7").load().messages[3] == ChatMessage(role="user", content="d")
 
 
@@ -298,3 +303,21 @@ def test_a_failed_read_is_tried_again() -> None:
 def test_repetition_penalties_that_overflow_are_refused(value) -> None:
     with pytest.raises(InvalidRequestError, match="repetition_penalty"):
         SamplingParams(repetition_penalty=value)
+
+
+def test_a_text_at_which_the_tokenizer_fails_is_400(server, monkeypatch) -> None:
+    """The library reports a failed assertion as an error that is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Backend:
+        def encode_batch_fast(self, *_: object, **__: object) -> None:
+            raise PanicException("Onig: Regex search error")
+
+    for name in ("_plain", "_backend"):
+        monkeypatch.setattr(server.app.state.context.text.tokenizer, name, Backend())
+    for text in ("short", "long " * 5000):
+        answer = server.post("/v1/completions", {"model": "alias", "prompt": text})
+        assert answer.status_code == 400, answer.text
+        assert "tokenizer fails at this text: Onig" in answer.json()["error"]["message"]

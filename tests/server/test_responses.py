@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import string
 import zlib
+from typing import Any
 
 import openai
 import pydantic
@@ -11,7 +14,7 @@ from fake_engine import MODEL
 
 from chunkllama.errors import RequestFailedError
 from chunkllama_server.api.common import response_store
-from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse
+from chunkllama_server.api.common.response_store import ResponseStore, StoredResponse, item_id_in
 from chunkllama_server.api.responses.items import assistant_message
 from chunkllama_server.api.schema.chat import ChatMessage
 
@@ -316,7 +319,8 @@ def test_refusals_name_the_field(server, fields, param):
 
 
 def stored(response_id: str, size: int = 10) -> StoredResponse:
-    message = ChatMessage(role="user", content="x" * size)
+    text = "".join(random.Random(0).choices(string.ascii_letters, k=size))  # it hardly compresses
+    message = ChatMessage(role="user", content=text)
     return StoredResponse({"id": response_id, "output": []}, [message])  # type: ignore[typeddict-item]
 
 
@@ -328,14 +332,34 @@ def test_store_is_bounded_by_count_bytes_and_age():
     assert store.get("t", "a") is not None
     store.put("t", stored("c"))
     assert store.get("t", "b") is None, "the least recently used goes first"
-    store.put("t", stored("big", 940))
+    store.put("t", stored("big", 1200))
     assert len(store) == 1
     assert store.num_bytes <= 2000
-    store.put("t", stored("too big", 2000))
+    store.put("t", stored("too big", 2500))
     assert store.get("t", "too big") is None
     now[0] = 61.0
     assert store.get("t", "big") is None
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_items_that_came_without_ids_cost_no_index():
+    """Each id names the response: an entry in a dictionary for each took more than the items."""
+    store, made = ResponseStore(9, 1 << 20, 60.0), "resp_" + "0a" * 16
+    items = [
+        {"id": item_id_in(made, "msg", i), "type": "message", "content": [{"text": "a"}]}
+        for i in range(1200)
+    ]
+    given = {"id": "msg_of_the_client", "type": "message"}
+    response: Any = {"id": made, "output": [{"id": "msg_" + "f" * 32, "type": "message"}]}
+    store.put("t", StoredResponse(response, [], [*items, given]))
+    assert store.num_bytes < 12_000
+    for item in (items[0], items[1199], given, response["output"][0]):
+        assert store.with_item("t", item["id"]) == made
+        assert store.with_item("other", item["id"]) is None
+    assert store.with_item("t", item_id_in("resp_" + "0b" * 16, "msg", 0)) is None
+    (packed,) = [store.get("t", made)]
+    assert packed is not None and packed.load_input_items() == [*items, given]
+    assert packed.text_bytes > 80_000, "what is decoded is known before"
 
 
 def test_item_references_decode_each_response_once(server, monkeypatch):

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from random_texts import random_texts
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from chunkllama.errors import ConfigError
 from chunkllama.text.detokenizer import IncrementalDetokenizer
 from chunkllama.text.tokenizer import load_tokenizer
+from chunkllama.text.tokenizer_files import add_tokens
 
 TYPE = {"type_id": 0}
 KINDS = ("llama3", "chatml", "llama2", "mistral", "llama2_json")
@@ -269,3 +271,19 @@ def test_gemmas_pieces_have_no_space_before_the_first_word(folders, tmp_path):
         assert ids == theirs.encode(text), text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     assert ours.decode(ours.encode(" Paris")) == " Paris"
+
+
+def test_thousands_of_added_tokens_are_few_calls():
+    """Each call builds the search for all of them again: Gemma 3 has 6,400."""
+    calls: list[tuple[str, int]] = []
+
+    class Backend:
+        def add_tokens(self, tokens: list[AddedToken]) -> None:
+            calls.append(("plain", len(tokens)))
+
+        def add_special_tokens(self, tokens: list[AddedToken]) -> None:
+            calls.append(("special", len(tokens)))
+
+    tokens = [AddedToken(f"<{i}>", special=not 10 <= i < 12) for i in range(6400)]
+    add_tokens(Backend(), tokens)
+    assert calls == [("special", 10), ("plain", 2), ("special", 6388)]

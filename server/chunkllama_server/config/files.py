@@ -44,7 +44,7 @@ def read_secret(path: Path, key: str) -> bytes:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            secret = file.read().strip()
+            secret = file.read(_MAX_BYTES).strip()
     except OSError as error:
         raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
     if mode & 0o027:
@@ -57,12 +57,16 @@ def read_secret(path: Path, key: str) -> bytes:
     return secret
 
 
-class _RepeatedKeyError(yaml.MarkedYAMLError):
+_MAX_DIGITS = 100  # of a number; what computes with longer ones, or prints them, fails
+
+
+class _RefusedError(yaml.MarkedYAMLError):
     pass
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in a mapping, of which YAML would take the last.
+class _CheckedLoader(yaml.SafeLoader):
+    """Refuses long numbers, and a key that occurs twice in a mapping, of which YAML would take the
+    last.
 
     Mappings are checked as they are written: what a merge key adds to one is overridden by its own.
     """
@@ -73,11 +77,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise _RepeatedKeyError(
+                    raise _RefusedError(
                         problem=f"{key.value} occurs twice", problem_mark=key.start_mark
                     )
                 seen.add((key.tag, key.value))
         return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            problem = f"a number of {len(node.value)} characters"
+            raise _RefusedError(problem=problem, problem_mark=node.start_mark)
+        return int(super().construct_yaml_int(node))
+
+
+_CheckedLoader.add_constructor("tag:yaml.org,2002:int", _CheckedLoader.construct_yaml_int)
 
 
 def load_yaml(path: Path, key: str) -> Any:
@@ -89,11 +102,11 @@ def load_yaml(path: Path, key: str) -> Any:
     """
     text = read_text(path, key)
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_CheckedLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        what = error.problem if isinstance(error, _RepeatedKeyError) else "not valid YAML"
+        what = error.problem if isinstance(error, _RefusedError) else "not valid YAML"
         raise ConfigError(f"{key}: {path}: {what}{line}") from None
 
 

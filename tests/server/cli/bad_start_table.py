@@ -348,6 +348,9 @@ FILES = [
     BadStart("settings folder", lambda m: ["--config", m.folder], "config: .*Is a directory"),
     _file("settings not YAML", "--config", "port: [1\n", "file: not valid YAML at line"),
     _file("setting twice", "--config", "port: 1\nport: 2\n", "file: port occurs twice at line 2"),
+    _file(
+        "long number", "--config", f"port: 1{':00' * 3000}\n", "file: a number of 9001 char.* 1$"
+    ),
     _file("settings as a list", "--config", "- port\n", "must hold key: value lines"),
     _file("settings key", "--config", "max_num_seq: 3\n", "file; did you mean max_num_seqs"),
     _file("settings value", "--config", "threads: 0\n", r"threads: .*0.*from .*file\)"),

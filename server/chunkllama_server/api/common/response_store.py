@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import OrderedDict
@@ -32,11 +33,22 @@ class StoredResponse:
     events: bytes = b""
 
     def item_ids(self) -> Iterator[str]:
-        """Ids of the items that references may lead to."""
+        """Ids of the items that references may lead to, but for those that name the response."""
         items: list[Any] = [*self.input_items, *self.response["output"]]
         for item in items:
-            if item["type"] != _REFERENCE:
+            if item["type"] != _REFERENCE and response_of(item["id"]) != self.response["id"]:
                 yield item["id"]
+
+
+def item_id_in(response_id: str, prefix: str, index: int) -> str:
+    """Return the id of an input item that came without one: it names the response."""
+    return f"{prefix}_{response_id.removeprefix(_RESPONSE)}{index:0{_INDEX_DIGITS}}"
+
+
+def response_of(item_id: str) -> str | None:
+    """Return the id of the response that an item's id may name."""
+    name = item_id.partition("_")[2]
+    return f"{_RESPONSE}{name[:-_INDEX_DIGITS]}" if len(name) > _INDEX_DIGITS else None
 
 
 class _Output(msgspec.Struct):
@@ -50,6 +62,9 @@ _MESSAGES = TypeAdapter(list[ChatMessage])
 _OVERHEAD_BYTES = 512
 _ITEM_BYTES = 192  # of an item's id that leads to the entry
 _REFERENCE = "item_reference"
+_RESPONSE = "resp_"
+_INDEX_DIGITS = 6
+_SIZE_BYTES = 8
 _EVENT_END = b"\n\n"
 _UNPACKED_BYTES = 1 << 16  # at a time
 _decode_output = msgspec.json.Decoder(_Output).decode
@@ -72,24 +87,42 @@ class EventRecorder:
         return bytes(self._packed) + self._compressor.copy().flush()
 
 
+def _packed(text: bytes) -> bytes:
+    """Compress a text that repeats most of its members; its size comes first."""
+    return len(text).to_bytes(_SIZE_BYTES, "little") + zlib.compress(text, 1)
+
+
+def _unpacked(packed: bytes) -> bytes:
+    return zlib.decompress(packed[_SIZE_BYTES:])
+
+
+def _size(packed: bytes) -> int:
+    return int.from_bytes(packed[:_SIZE_BYTES], "little")
+
+
 @dataclass(frozen=True, slots=True)
 class PackedResponse:
     """A response as JSON text: as objects it would take many times the bytes that are counted."""
 
     response: bytes
-    messages: bytes
+    messages: bytes  # this and what follows is compressed
     input_items: bytes
-    events: bytes  # compressed: they repeat most of their members
+    events: bytes
 
     @classmethod
     def of(cls, stored: StoredResponse) -> PackedResponse:
         """Encode a response."""
         return cls(
             msgspec.json.encode(stored.response),
-            _MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True),
-            msgspec.json.encode(stored.input_items),
+            _packed(_MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)),
+            _packed(msgspec.json.encode(stored.input_items)),
             stored.events,
         )
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes that are decoded to read its items and messages."""
+        return len(self.response) + _size(self.messages) + _size(self.input_items)
 
     @property
     def num_bytes(self) -> int:
@@ -99,11 +132,11 @@ class PackedResponse:
         return StoredResponse(
             msgspec.json.decode(self.response),
             self.load_messages(),
-            msgspec.json.decode(self.input_items),
+            self.load_input_items(),
         )
 
     def load_messages(self) -> list[ChatMessage]:
-        return _MESSAGES.validate_json(self.messages)
+        return _MESSAGES.validate_json(_unpacked(self.messages))
 
     def load_items(self) -> list[dict[str, Any]]:
         """The items that references lead to: of the input, and of the output."""
@@ -115,7 +148,7 @@ class PackedResponse:
         return response
 
     def load_input_items(self) -> list[dict[str, Any]]:
-        items: list[dict[str, Any]] = msgspec.json.decode(self.input_items)
+        items: list[dict[str, Any]] = msgspec.json.decode(_unpacked(self.input_items))
         return items
 
     def unpack_events(self) -> Iterator[bytes]:
@@ -176,7 +209,7 @@ class ResponseStore:
     response.
 
     Args:
-        max_items, max_bytes: bounds of the whole store; bytes are those of the JSON text.
+        max_items, max_bytes: bounds of the whole store; bytes are those that it keeps.
         ttl_seconds: age at which a response expires.
         clock: monotonic seconds.
     """
@@ -193,18 +226,26 @@ class ResponseStore:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._tenants: dict[str, _TenantEntries] = {}
+        self._next_expiry = math.inf
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return sum(len(own.entries) for own in self._tenants.values())
 
-    def put(self, tenant: str, stored: StoredResponse, max_items: int | None = None) -> None:
+    def put(
+        self,
+        tenant: str,
+        stored: StoredResponse,
+        max_items: int | None = None,
+        packed: PackedResponse | None = None,
+    ) -> None:
         """Store a response, unless it is larger than the whole store.
 
         Args:
             max_items: of this tenant; None is no limit of its own.
+            packed: the same, if it is encoded already.
         """
-        packed = PackedResponse.of(stored)
+        packed = packed or PackedResponse.of(stored)
         item_ids = tuple(stored.item_ids())
         num_bytes = packed.num_bytes + _OVERHEAD_BYTES + _ITEM_BYTES * len(item_ids)
         self._drop_expired()
@@ -213,15 +254,9 @@ class ResponseStore:
         response_id = stored.response["id"]
         self._remove(tenant, response_id)
         own = self._tenants.setdefault(tenant, _TenantEntries())
-        own.add(
-            response_id,
-            _Entry(
-                packed,
-                item_ids,
-                num_bytes,
-                self._clock() + self._ttl_seconds,
-            ),
-        )
+        expires = self._clock() + self._ttl_seconds
+        self._next_expiry = min(self._next_expiry, expires)
+        own.add(response_id, _Entry(packed, item_ids, num_bytes, expires))
         self.num_bytes += num_bytes
         while max_items is not None and len(own.entries) > max_items:
             self._remove(tenant, next(iter(own.entries)))
@@ -243,7 +278,10 @@ class ResponseStore:
         """Return the id of the tenant's stored response that has the item."""
         self._drop_expired()
         own = self._tenants.get(tenant)
-        return None if own is None else own.items.get(item_id)
+        if own is None:
+            return None
+        named = response_of(item_id)
+        return own.items.get(item_id) or (named if named in own.entries else None)
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""
@@ -266,6 +304,8 @@ class ResponseStore:
 
     def _drop_expired(self) -> None:
         now = self._clock()
+        if now < self._next_expiry:
+            return
         expired = [
             (tenant, response_id)
             for tenant, own in self._tenants.items()
@@ -274,3 +314,5 @@ class ResponseStore:
         ]
         for tenant, response_id in expired:
             self._remove(tenant, response_id)
+        left = (entry.expires for own in self._tenants.values() for entry in own.entries.values())
+        self._next_expiry = min(left, default=math.inf)

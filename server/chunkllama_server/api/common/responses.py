@@ -29,7 +29,7 @@ class ResponseBackend(Protocol):
         """Return a stored response."""
 
     async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
-        """Return the id of the stored response whose output has each item, None for none."""
+        """Return the id of the stored response that has each item, None for none."""
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""
@@ -70,7 +70,8 @@ class LocalResponses:
         self._store = store
 
     async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
-        self._store.put(tenant, stored, max_items)
+        packed = await asyncio.to_thread(PackedResponse.of, stored)
+        self._store.put(tenant, stored, max_items, packed)
 
     async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
         return self._store.get(tenant, response_id)
@@ -114,7 +115,7 @@ class Responses:
         return None if packed is None else packed.load_input_items()
 
     async def holders(self, tenant: str, item_ids: Iterable[str]) -> list[PackedResponse]:
-        """Return the tenant's stored responses that the output items are in, each once."""
+        """Return the tenant's stored responses that the items are in, each once."""
         asked = [*dict.fromkeys(item_ids)]
         if not asked:
             return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -9,7 +10,11 @@ from urllib.parse import urlsplit
 
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
-from chunkllama_server.api.common.response_store import PackedResponse, StoredResponse
+from chunkllama_server.api.common.response_store import (
+    PackedResponse,
+    StoredResponse,
+    response_of,
+)
 from chunkllama_server.transport.errors import unavailable
 
 if TYPE_CHECKING:
@@ -74,7 +79,7 @@ class ValkeyResponses:
 
     async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
         """Store a response. One that cannot be stored is left out, with a warning."""
-        packed = PackedResponse.of(stored)
+        packed = await asyncio.to_thread(PackedResponse.of, stored)
         if packed.num_bytes > self._max_bytes:
             return
         try:
@@ -123,7 +128,22 @@ class ValkeyResponses:
         """
         keys = [_key("item", tenant, item_id) for item_id in item_ids]
         found: list[bytes | None] = await self._ask(self._valkey.mget(keys))
-        return [None if each is None else each.decode() for each in found]
+        missing = [item_id for item_id, each in zip(item_ids, found, strict=True) if each is None]
+        named = {response_id for each in missing if (response_id := response_of(each))}
+        existing = await self._existing(tenant, sorted(named))
+        return [
+            each.decode() if each is not None else existing.get(response_of(item_id) or "")
+            for item_id, each in zip(item_ids, found, strict=True)
+        ]
+
+    async def _existing(self, tenant: str, response_ids: list[str]) -> dict[str, str]:
+        """Return those of some ids that a response is stored under, by themselves."""
+        async with self._valkey.pipeline(transaction=False) as commands:
+            for response_id in response_ids:
+                commands.exists(_key("response", tenant, response_id))
+            found = await self._ask(commands.execute())
+        pairs = zip(response_ids, found, strict=True)
+        return {response_id: response_id for response_id, is_stored in pairs if is_stored}
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from chunkllama_server.api.chat.history import readable_arguments
+from chunkllama_server.api.common.response_store import item_id_in
 from chunkllama_server.api.schema.chat import CalledFunction, ChatMessage, MessageToolCall
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import (
@@ -103,18 +104,17 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
     )
 
 
-def input_items(body: ResponseRequest) -> list[dict[str, Any]]:
+def input_items(body: ResponseRequest, response_id: str) -> list[dict[str, Any]]:
     """The request's input as stored items, each with an id, oldest first."""
     if isinstance(body.input, str):
-        return [_message("user", [{"type": "input_text", "text": body.input}])]
-    return [_stored(item) for item in body.input or ()]
+        own_id = item_id_in(response_id, "msg", 0)
+        return [_message("user", [{"type": "input_text", "text": body.input}], own_id)]
+    return [_stored(item, response_id, index) for index, item in enumerate(body.input or ())]
 
 
-def _message(
-    role: str, content: list[dict[str, Any]], given_id: str | None = None
-) -> dict[str, Any]:
+def _message(role: str, content: list[dict[str, Any]], own_id: str) -> dict[str, Any]:
     return {
-        "id": given_id or item_id("msg"),
+        "id": own_id,
         "type": "message",
         "role": role,
         "status": "completed",
@@ -122,9 +122,10 @@ def _message(
     }
 
 
-def _stored(item: InputItem) -> dict[str, Any]:
+def _stored(item: InputItem, response_id: str, index: int) -> dict[str, Any]:
     given = item.model_dump(by_alias=True, exclude_unset=True)
     kind = item.type or "message"
+    own_id = item.id or item_id_in(response_id, _ID_PREFIXES.get(kind, "item"), index)
     if kind == "message":
         content = item.content
         is_answer = item.role == "assistant"
@@ -137,8 +138,8 @@ def _stored(item: InputItem) -> dict[str, Any]:
             parts.append({**plain, "type": text_type if part.type == "text" else part.type})
         if is_answer:
             parts = [{"annotations": [], "logprobs": [], **part} for part in parts]
-        return _message(item.role or "user", parts, item.id)
-    stored = {**given, "type": kind, "id": item.id or item_id(_ID_PREFIXES.get(kind, "item"))}
+        return _message(item.role or "user", parts, own_id)
+    stored = {**given, "type": kind, "id": own_id}
     if kind == "reasoning":
         stored.setdefault("summary", [])
     elif kind.endswith(("_call", "_call_output")):

@@ -81,7 +81,7 @@ async def _as_chat(
     previous = await previous_response(body, context, info.tenant)
     holders = await context.responses.holders(info.tenant, referenced_items(body.input))
     stored = [*holders, *([] if previous is None else [previous])]
-    info.body_bytes += sum(each.num_bytes for each in stored)
+    info.body_bytes += sum(each.text_bytes for each in stored)
 
     def make() -> ChatCompletionRequest:
         items = {item["id"]: item for each in holders for item in each.load_items()}
@@ -132,7 +132,7 @@ async def create_response(
         )
     except ApiError as error:
         raise rename_param(error) from None
-    items = await context.prepare(info, lambda: input_items(body))
+    items = await context.prepare(info, lambda: input_items(body, response_id))
 
     async def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
