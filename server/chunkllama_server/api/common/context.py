@@ -326,13 +326,14 @@ def tenant_view(context: ServerContext, request: Request) -> str | None:
 
 
 def check_stream_options(body: SamplingFields) -> None:
-    """Refuse fields that ``stream`` excludes or needs.
+    """Refuse fields that ``stream`` excludes.
+
+    ``stream_options`` without it has nothing to do: gateways add it to every request, and a whole
+    answer has its usage.
 
     Raises:
         ApiError: 400.
     """
-    if not body.stream and body.stream_options is not None:
-        raise invalid("stream_options needs stream: true", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
     if body.stream and body.use_beam_search:
