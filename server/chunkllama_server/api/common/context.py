@@ -308,7 +308,11 @@ class ServerContext:
         return info
 
 
-def get_context(request: Request) -> ServerContext:
+async def get_context(request: Request) -> ServerContext:
+    """Return what the endpoints of an application share.
+
+    FastAPI would call a plain function in a thread, at each request.
+    """
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context
