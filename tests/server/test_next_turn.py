@@ -1,5 +1,6 @@
 """Every answer the server can give, whole or cut at any token, is accepted in the next turn: on
-every endpoint, with the template of every model family, also through ``previous_response_id``."""
+every endpoint, with the template of every model family, also through ``previous_response_id``, and
+in strict mode."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ class Family:
 @pytest.fixture(scope="module")
 def family(request, app_maker):
     source = (FAMILIES / f"{request.param}.jinja").read_text("utf-8")
-    engine, app = app_maker(template_source=source)
+    engine, app = app_maker(template_source=source, strict=True)
     engine.tokens_per_delta = 64  # no answer is read before its end
     with in_process(app, BETA) as http:
         yield Family(http, engine)
