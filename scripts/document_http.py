@@ -30,6 +30,11 @@ In any mode, values are accepted in these shapes:
   endpoints. `tool_choice`: also `"any"`, `{{"type": "any"}}`, `{{"type": "tool", "name"}}`, and the
   shape of the other endpoint.
 - `logit_bias`: also a list of `[token id, bias]`.
+- `logprobs`: in chat also a number, which is that of `top_logprobs`; in text completions also
+  true or false.
+- `reasoning_effort`: in any case; `auto` and `default` leave it to the model, `off` and
+  `disabled` are `none`. `service_tier`: `standard`, `standard_only` and `on_demand` are `default`.
+- `metadata`: a value that is no text is its JSON text. `truncate_prompt_tokens: -1` cuts nothing.
 - a last message of the assistant with `prefix: true` is continued.
 
 | Names | Used by | Endpoints | Handling |

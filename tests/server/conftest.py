@@ -44,6 +44,8 @@ _load("anthropic_helpers")
 _load("batch_helpers")
 _load("dialect_helpers")
 _load("grammar_checks")
+_load("in_process")
+_load("next_turns")
 _load("odd_requests")
 _load("openai_checks")
 _load("response_helpers")
@@ -117,6 +119,56 @@ def text_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return tokenizer, load_chat_template(folder, tokenizer)
 
 
+def make_app(
+    parts: tuple[Any, Any], files: Path, template_source: str | None = None, **settings: Any
+) -> tuple[Any, Any]:
+    """An engine and the application over it.
+
+    Args:
+        parts: tokenizer and chat template.
+        files: a folder that does not exist yet.
+        template_source: of another chat template.
+    """
+    tokenizer, template = parts
+    if template_source is not None:
+        template = ChatTemplate(template_source, tokenizer)
+    engine = fake_engine.FakeEngine(tokenizer)
+    if settings.pop("is_held", False):  # a job that is continued begins before a test can
+        engine.gate.clear()
+    tenants = Tenants(
+        settings.pop("api_keys", {}),
+        settings.get("isolation"),
+        operator_keys=settings.pop("operator_keys", ()),
+        clock=settings.pop("clock", time.monotonic),
+    )
+    tenants.set_quotas(settings.pop("quotas", {}))
+    defaults = settings.pop("generation_defaults", None)
+    fork_tokens = settings.pop("fork_tokens", None)
+    tracing = settings.pop("tracing", None)
+    responses = settings.pop("responses", None)
+    # Its requests come when nothing else runs, so a test that counts requests must ask for it.
+    settings.setdefault("idle_prefill", False)
+    settings.setdefault("files_dir", files)
+    configured = Settings(served_model_name=(MODEL, "alias"), **settings)
+    app = create_app(
+        engine,
+        TextService(
+            tokenizer,
+            template,
+            make_template=lambda source: ChatTemplate(source, tokenizer),
+            limits=configured,
+        ),
+        configured,
+        tenants,
+        GrammarChecker(lambda: allow_all, configured),
+        generation_defaults=defaults,
+        tracing=tracing,
+        responses=responses,
+    )
+    app.state.context.fork_tokens = fork_tokens
+    return engine, app
+
+
 @contextlib.contextmanager
 def starting(
     text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
@@ -125,49 +177,9 @@ def starting(
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(
-        limits: HttpLimits | None = None,
-        template_source: str | None = None,
-        parts: tuple[Any, Any] = text_parts,
-        **settings: Any,
+        limits: HttpLimits | None = None, parts: tuple[Any, Any] = text_parts, **settings: Any
     ) -> Server:
-        tokenizer, template = parts
-        if template_source is not None:
-            template = ChatTemplate(template_source, tokenizer)
-        engine = fake_engine.FakeEngine(tokenizer)
-        if settings.pop("is_held", False):  # a job that is continued begins before a test can
-            engine.gate.clear()
-        tenants = Tenants(
-            settings.pop("api_keys", {}),
-            settings.get("isolation"),
-            operator_keys=settings.pop("operator_keys", ()),
-            clock=settings.pop("clock", time.monotonic),
-        )
-        tenants.set_quotas(settings.pop("quotas", {}))
-        defaults = settings.pop("generation_defaults", None)
-        fork_tokens = settings.pop("fork_tokens", None)
-        tracing = settings.pop("tracing", None)
-        responses = settings.pop("responses", None)
-        # Its requests come when nothing else runs, so a test that counts requests must ask for it.
-        settings.setdefault("idle_prefill", False)
-        settings.setdefault("files_dir", tmp_path_factory.mktemp("files") / "folder")
-        configured = Settings(served_model_name=(MODEL, "alias"), **settings)
-        grammars = GrammarChecker(lambda: allow_all, configured)
-        app = create_app(
-            engine,
-            TextService(
-                tokenizer,
-                template,
-                make_template=lambda source: ChatTemplate(source, tokenizer),
-                limits=configured,
-            ),
-            configured,
-            tenants,
-            grammars,
-            generation_defaults=defaults,
-            tracing=tracing,
-            responses=responses,
-        )
-        app.state.context.fork_tokens = fork_tokens
+        engine, app = make_app(parts, tmp_path_factory.mktemp("files") / "folder", **settings)
         config = uvicorn.Config(
             app,
             host="127.0.0.1",
@@ -197,6 +209,18 @@ def starting(
         server.should_exit = True
     for _, thread in running:
         thread.join(timeout=120)
+
+
+@pytest.fixture(scope="session")
+def app_maker(
+    text_parts: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Any, Any]]:
+    """Makes engines and applications that no server serves, as ``make_app``."""
+
+    def make(**settings: Any) -> tuple[Any, Any]:
+        return make_app(text_parts, tmp_path_factory.mktemp("files") / "folder", **settings)
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,10 @@ MAX_PROMPTS = 32  # that it remembers: each request is compared with all of them
 DURATIONS = (0.25, 0.5, 0.125)
 
 
+def _as_text(token_ids: list[int]) -> str:
+    return "".join(map(chr, token_ids))
+
+
 def logprob_of(token_id: int, num_top: int) -> TokenLogprob:
     top = [((token_id + i) % 256, -0.25 * (i + 1)) for i in range(num_top)]
     return TokenLogprob(token_id, -0.25, 1, top)
@@ -74,7 +78,7 @@ class FakeEngine:
         self.requests: list[EngineRequest] = []
         self.aborted: list[tuple[str, int | None]] = []
         self.live: set[str] = set()
-        self.prompts: dict[str, deque[list[int]]] = {}
+        self.prompts: dict[str, deque[str]] = {}  # each token a character
         self.statistics = EngineStats(chunks_total=64, chunks_free=64)
 
     def reply(self, request: EngineRequest) -> list[int]:
@@ -84,18 +88,26 @@ class FakeEngine:
         return self.tokenizer.encode(text, allow_special=self.writes_special)
 
     def _cached(self, request: EngineRequest) -> int:
-        best = 0
-        for earlier in self.prompts.get(request.namespace, []):
-            common = 0
-            for a, b in zip(earlier, request.prompt_token_ids, strict=False):
-                if a != b:
-                    break
-                common += 1
-            best = max(best, common)
-        kept = request.prompt_token_ids[: self._stored(request)]
+        best = self._longest_match(request.namespace, request.prompt_token_ids)
         latest = self.prompts.setdefault(request.namespace, deque(maxlen=MAX_PROMPTS))
-        latest.append(kept)
+        latest.append(_as_text(request.prompt_token_ids[: self._stored(request)]))
         return min(best, len(request.prompt_token_ids) - 1)
+
+    def _longest_match(self, namespace: str, prompt_token_ids: list[int]) -> int:
+        """Tokens that the prompt has in common with the earlier one most like it."""
+        prompt, best = _as_text(prompt_token_ids), 0
+        for earlier in self.prompts.get(namespace, ()):
+            most = min(len(earlier), len(prompt))
+            if best == most or earlier[: best + 1] != prompt[: best + 1]:
+                continue
+            best += 1
+            while best < most:  # halve what is left: a loop over the tokens takes most of a test
+                middle = (best + most + 1) // 2
+                if earlier[:middle] == prompt[:middle]:
+                    best = middle
+                else:
+                    most = middle - 1
+        return best
 
     @staticmethod
     def _stored(request: EngineRequest) -> int:
@@ -209,18 +221,8 @@ class FakeEngine:
     ) -> CacheExplanation:
         self.explained = (namespace, tenant)
         self.explained_adapter = adapter
-        known = [
-            next(
-                (
-                    i
-                    for i, (a, b) in enumerate(zip(earlier, prompt_token_ids, strict=False))
-                    if a != b
-                ),
-                min(len(earlier), len(prompt_token_ids)),
-            )
-            for earlier in self.prompts.get(namespace, [[]])
-        ]
-        return self.explanation(prompt_token_ids, min(max(known), len(prompt_token_ids) - 1))
+        known = self._longest_match(namespace, prompt_token_ids)
+        return self.explanation(prompt_token_ids, min(known, len(prompt_token_ids) - 1))
 
     async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
         if "refuse" in folder:

@@ -46,7 +46,7 @@ INVALID = [
     ({"messages": None}, "messages"),
     ({"messages": HELLO, "max_tokens": None}, "max_tokens"),
     ({"messages": HELLO, "max_tokens": -1}, "max_tokens"),
-    ({"messages": HELLO, "max_tokens": "5"}, "max_tokens"),
+    ({"messages": HELLO, "max_tokens": "five"}, "max_tokens"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": user(IMAGE)}, "messages[0].content[0]"),

@@ -27,6 +27,8 @@ SPELLINGS = [
     ("/v1/health", "/health"),
     ("/health/ready/", "/health/ready"),
     ("/v1/metrics", "/metrics"),
+    ("/ping", "/health"),
+    ("/v1/ping/", "/health"),
     ("/", "/"),
     ("/v1", "/v1"),
     ("/v1/models", "/v1/models"),

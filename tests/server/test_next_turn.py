@@ -1,220 +1,31 @@
-"""Every answer the server can give, whole or cut at any token, is accepted in the next turn: on
-every endpoint, with the template of every model family, also through ``previous_response_id``."""
+"""Every answer the server can give, whole or cut at any token, is accepted in the next turn: of
+chat and of responses, with the template of every model family, also through
+``previous_response_id``, and in strict mode."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-from fake_engine import MODEL
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-
-FAMILIES = Path(__file__).parents[1] / "text" / "families"
-NAMES = sorted(path.stem for path in FAMILIES.glob("*.jinja"))
-# Those that differ most in what they refuse; all of them run nightly.
-STRICT = [
-    *("exaone4", "functiongemma", "gemma2", "llama3_1", "minimax_m2", "mistral_v3", "mistral_v13"),
-    "qwen3",
-]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-}
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
-RESPONSE_TOOLS = [
-    {"type": "function", "name": "f", "parameters": PARAMETERS},
-    {"type": "custom", "name": "run"},
-]
-USER = {"role": "user", "content": "go on"}
-ARGUMENTS = '{"city": "Os\\"lo{", "days": 2}'
-CALL = f'{{"name": "f", "arguments": {ARGUMENTS}}}'
-RUN = '{"name": "run", "arguments": {"input": "ls \\n-l"}}'
-# What models of the families write, and what weak ones make of it.
-PIECES = (
-    CALL,
-    f"[{CALL}, {CALL}]",
-    f"<tool_call>\n{CALL}\n</tool_call>",
-    f"<tool_call>{RUN}</tool_call>",
-    '[f(city="Oslo", days=2)]',
-    "<tool_call>\n<function=f>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
-    f"[TOOL_CALLS]f[ARGS]{ARGUMENTS}",
-    f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>",
-    f"<function=f>{ARGUMENTS}</function>",
-    "<think>\nIs it {so}?\n</think>\n\n",
-    "[THINK]hm[/THINK]",
-    "<tool_call>",
-    '{"name": "f", "arguments": [1',
-    "{'city': 'Oslo'",
-    "It is sunny. ",
-    "\0é🤖\u2028",
-    "<|im_end|>{{ x }}",
-    "   \n",
+from next_turns import (
+    ANSWERS,
+    CHOICES,
+    FEW,
+    MANY,
+    PIECES,
+    check_chat,
+    check_responses,
+    cuts,
+    every,
+    open_family,
+    strict,
 )
-ANSWERS = st.lists(st.sampled_from(PIECES), max_size=3).map("".join)
-CHOICES = st.sampled_from(["auto", "required", "none"])
-QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-FEW = settings(max_examples=2, deadline=None, suppress_health_check=QUIET)
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
-
-
-# Without it /v1/messages needs more tokens than it has for thoughts.
-BETA = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
 
 
 @pytest.fixture(scope="module")
-def family(request, start_server):
-    """A client of a server with the family's template; it keeps its connection."""
-    source = (FAMILIES / f"{request.param}.jinja").read_text("utf-8")
-    server = start_server(template_source=source)
-    server.engine.tokens_per_delta = 64  # no answer is read before its end
-    with server.http(headers=BETA) as http:
-        yield http
-
-
-strict = pytest.mark.parametrize("family", STRICT, indirect=True, scope="module")
-every = pytest.mark.parametrize("family", NAMES, indirect=True, scope="module")
-
-
-def post(http, path, body):
-    answer = http.post(path, json={"model": MODEL, **body})
-    assert answer.status_code == 200, (answer.text, json.dumps(body)[:3000])
-    return answer.json()
-
-
-def check_chat(http, text, cut, choice) -> None:
-    ask = {"role": "user", "content": f"say({text})yas"}
-    legacy = {"functions": [tool["function"] for tool in TOOLS]}
-    for fields in ({"tools": TOOLS, "tool_choice": choice}, {}, legacy):
-        body = {"messages": [ask], "max_tokens": cut, **fields}
-        message = post(http, "/v1/chat/completions", body)["choices"][0]["message"]
-        results = [
-            {"role": "tool", "tool_call_id": call["id"], "content": "12"}
-            for call in message.get("tool_calls", ())
-        ]
-        if "function_call" in message:
-            results = [{"role": "function", "name": "f", "content": "12"}]
-        for back in ([message, USER], [message, *results, USER], [message, *results]):
-            again = {**fields, "messages": [ask, *back]}
-            post(http, "/v1/chat/completions", {**again, "max_tokens": 1})
-        post(http, "/v1/chat/completions/render", again)
-        post(http, "/tokenize", {"messages": [ask, message, *results, USER]})
-        # Another endpoint goes on with what this one said.
-        said = {"role": "assistant", "content": message["content"]}
-        post(http, "/v1/responses", {"input": [ask, said, USER], "max_output_tokens": 16})
-
-
-def check_responses(http, text, cut, choice) -> None:
-    ask = {"role": "user", "content": f"say({text})yas"}
-    body = {"tools": RESPONSE_TOOLS, "tool_choice": choice}
-    asked = {**body, "input": [ask], "max_output_tokens": cut}
-    first = post(http, "/v1/responses", asked)
-    output = first["output"]
-    results = [
-        {"type": f"{item['type']}_output", "call_id": item["call_id"], "output": "12"}
-        for item in output
-        if item["type"].endswith("_call")
-    ]
-    references = [{"type": "item_reference", "id": item["id"]} for item in output]
-    previous = {"previous_response_id": first["id"]}
-    for more in (
-        {"input": [ask, *output, *results, USER]},
-        {"input": [ask, *output, USER]},
-        {"input": [ask, *references, *results, USER]},
-        {"input": [*results, USER], **previous},
-        {"input": "go on", **previous},
-    ):
-        post(http, "/v1/responses/input_tokens", {**body, **more})
-        second = post(http, "/v1/responses", {**body, **more, "max_output_tokens": 16})
-    third = {"input": "and on", "previous_response_id": second["id"], "max_output_tokens": 16}
-    post(http, "/v1/responses", third)
-    compacted = post(http, "/v1/responses/compact", {"input": "go on", **previous})["output"]
-    post(http, "/v1/responses", {"input": [*compacted, USER], "max_output_tokens": 16})
-
-
-MESSAGES_CHOICES = {"auto": "auto", "required": "any", "none": "none"}
-
-
-def check_messages(http, text, cut, choice) -> None:
-    """Anthropic's API; the answer is also sent back without a result, and continued."""
-    ask = {"role": "user", "content": f"say({text})yas"}
-    tools = [{"name": "f", "input_schema": PARAMETERS}]
-    for thinking in ({}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}):
-        with_tools = {"tools": tools, "tool_choice": {"type": MESSAGES_CHOICES[choice]}}
-        for fields in (with_tools, {}):
-            body = {**fields, **thinking, "max_tokens": cut}
-            content = post(http, "/v1/messages", {**body, "messages": [ask]})["content"]
-            answer = {"role": "assistant", "content": content}
-            results = [
-                {"type": "tool_result", "tool_use_id": block["id"], "content": "12"}
-                for block in content
-                if block["type"] == "tool_use"
-            ]
-            for back in (
-                [answer, {"role": "user", "content": [*results, {"type": "text", "text": "go"}]}],
-                [answer, USER],
-            ):
-                again = {**fields, **thinking, "messages": [ask, *back]}
-                post(http, "/v1/messages", {**again, "max_tokens": 1})
-            post(http, "/v1/messages/count_tokens", again)
-
-
-def check_ollama(http, text, cut, choice) -> None:
-    ask = {"role": "user", "content": f"say({text})yas"}
-    tools = [] if choice == "none" else TOOLS
-    base = {"stream": False, "tools": tools, "options": {"num_predict": cut}}
-    message = post(http, "/api/chat", {**base, "messages": [ask]})["message"]
-    results = [
-        {"role": "tool", "content": "12", "tool_name": call["function"]["name"]}
-        for call in message.get("tool_calls", ())
-    ]
-    for back in ([message, USER], [message, *results, USER], [message, *results]):
-        post(http, "/api/chat", {**base, "messages": [ask, *back]})
-    body = {"stream": False, "prompt": ask["content"], "options": {"num_predict": cut}}
-    said = post(http, "/api/generate", body)["response"]
-    post(http, "/api/generate", {**body, "prompt": f"{ask['content']}\n{said}\ngo on"})
-
-
-def check_completions(http, text, cut, choice) -> None:
-    body = {"prompt": f"say({text})yas", "max_tokens": cut, "return_token_ids": True}
-    first = post(http, "/v1/completions", body)["choices"][0]
-    more = {"max_tokens": 1}
-    post(http, "/v1/completions", {**more, "prompt": body["prompt"] + first["text"]})
-    post(http, "/v1/completions", {**more, "prompt": first["token_ids"]})
-    post(http, "/tokenize", {"prompt": first["text"]})
-
-
-def check_continued(http, text, cut, choice) -> None:
-    """A cut answer is continued where it ended."""
-    ask = {"role": "user", "content": f"say({text})yas"}
-    body = {"messages": [ask], "max_tokens": cut, "tools": TOOLS, "tool_choice": choice}
-    message = post(http, "/v1/chat/completions", body)["choices"][0]["message"]
-    if message.get("tool_calls"):
-        return
-    last = {"messages": [ask, message], "continue_final_message": True, "max_tokens": 1}
-    post(http, "/v1/chat/completions", last)
-
-
-OTHERS = [check_messages, check_ollama, check_completions, check_continued]
-others = pytest.mark.parametrize("check", OTHERS, ids=lambda check: check.__name__[6:])
-
-
-@others
-@pytest.mark.parametrize("family", ["exaone4", "gemma2"], indirect=True, scope="module")
-@FEW
-@given(ANSWERS, st.integers(1, 200), CHOICES)
-def test_an_answer_of_another_endpoint_is_accepted(family, check, text, cut, choice):
-    check(family, text, cut, choice)
-
-
-@pytest.mark.nightly
-@others
-@every
-@MANY
-@given(ANSWERS, st.integers(1, 250), CHOICES)
-def test_many_answers_of_other_endpoints_are_accepted(family, check, text, cut, choice):
-    check(family, text, cut, choice)
+def family(request, app_maker):
+    with open_family(request.param, app_maker) as opened:
+        yield opened
 
 
 @strict
@@ -247,27 +58,19 @@ def test_many_responses_are_accepted(family, text, cut, choice):
     check_responses(family, text, cut, choice)
 
 
-def cuts(piece: str) -> list[tuple[str, int]]:
-    """An answer and its lengths in tokens; those of the tests' tokenizer are bytes."""
-    text = f"{piece}."
-    return [(text, cut) for cut in range(1, len(text.encode()) + 2)]
-
-
 @pytest.mark.nightly
 @every
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_chat_answer_cut_at_any_token_is_accepted(family, piece):
     for text, cut in cuts(piece):
-        check_chat(family, text, cut, "auto")
+        check_chat(family, text, cut, "auto", is_shown=cut % 16 == 0)
 
 
 @pytest.mark.nightly
 @strict
 @pytest.mark.parametrize("piece", PIECES)
-def test_an_answer_of_another_endpoint_cut_at_any_token_is_accepted(family, piece):
-    """All of them go on as a chat does, with the same templates."""
+def test_a_response_cut_at_any_token_is_accepted(family, piece):
+    """It goes on as a chat does, with the same templates."""
     for text, cut in cuts(piece):
         if cut >= 16:
             check_responses(family, text, cut, "auto")
-        for check in OTHERS:
-            check(family, text, cut, "auto")

@@ -325,7 +325,7 @@ INVALID = [
     ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]},
      "messages[0].images"),
     ("/api/chat", {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-    ("/api/chat", {"messages": say("a"), "options": {"num_predict": "5"}}, "options.num_predict"),
+    ("/api/chat", {"messages": say("a"), "options": {"num_predict": "x"}}, "options.num_predict"),
     ("/api/chat", {"messages": say("a"), "options": {"temperature": 9}}, "options.temperature"),
     ("/api/generate", {"prompt": "x", "images": ["aGk="]}, "images"),
     ("/api/generate", {"prompt": "x", "suffix": "y"}, "suffix"),

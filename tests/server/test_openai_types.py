@@ -21,6 +21,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS
 RESPONSE_TOOLS = [
     {"type": "function", "name": "f", "parameters": PARAMETERS, "strict": False},
     {"type": "custom", "name": "run", "description": "runs"},
+    {"type": "namespace", "name": "mcp", "tools": [{"type": "function", "name": "g"}]},
 ]
 TEXTS = [
     "",
@@ -31,6 +32,7 @@ TEXTS = [
     f"<tool_call>{CALL}</tool_call>",
     f"One. <tool_call>{CALL}</tool_call>Two.",
     '<tool_call>{"name": "run", "arguments": {"input": "ls"}}</tool_call>',
+    '<tool_call>{"name": "mcp__g", "arguments": {}}</tool_call>',
     '<tool_call>{"name": "f", "arg',
     "<tool_call>",
 ]
@@ -93,11 +95,9 @@ RESPONSE = maybe(
     background=st.booleans(),
 )  # fmt: skip
 SAID = st.sampled_from(TEXTS)
-_MANY = settings(
-    max_examples=8,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+_QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+_SOME = settings(max_examples=8, deadline=None, suppress_health_check=_QUIET)
+_MANY = settings(max_examples=400, deadline=None, suppress_health_check=_QUIET)
 
 
 @pytest.fixture(scope="module", params=["plain", "thinking"])
@@ -113,9 +113,7 @@ def asked(body: dict[str, Any]) -> dict[str, Any]:
     return {"model": MODEL, **body}
 
 
-@_MANY
-@given(SAID, CHAT, st.booleans(), st.integers(1, 9))
-def test_chat(answering, text, fields, usage, size):
+def check_chat(answering, text, fields, usage, size):
     answering.engine.tokens_per_delta = size
     body = asked({"messages": [{"role": "user", "content": f"say({text})yas"}], **fields})
     answer = answering.post("/v1/chat/completions", body)
@@ -140,9 +138,7 @@ def test_chat_with_functions(answering, stream, choice):
         assert made.choices[0].message.function_call.name == "f"
 
 
-@_MANY
-@given(SAID, COMPLETION, st.booleans(), st.booleans())
-def test_completions(answering, text, fields, usage, several):
+def check_completions(answering, text, fields, usage, several):
     prompt = f"say({text})yas"
     body = {"model": MODEL, "prompt": [prompt, prompt] if several else prompt, **fields}
     answer = answering.post("/v1/completions", body)
@@ -167,9 +163,7 @@ def check_text_chunk(event: dict[str, Any]) -> None:
     check(types.Completion, event)
 
 
-@_MANY
-@given(SAID, RESPONSE, st.integers(1, 9))
-def test_responses(answering, text, fields, size):
+def check_responses(answering, text, fields, size):
     answering.engine.tokens_per_delta = size
     body = asked({"input": f"say({text})yas", **fields})
     answer = answering.post("/v1/responses", body)
@@ -192,6 +186,17 @@ def test_responses(answering, text, fields, size):
             assert cancelled.status_code == 400
     counted = answering.post("/v1/responses/input_tokens", body).json()
     check(response_types.InputTokenCountResponse, counted)
+
+
+ASKED_CHAT = given(SAID, CHAT, st.booleans(), st.integers(1, 9))
+ASKED_TEXT = given(SAID, COMPLETION, st.booleans(), st.booleans())
+ASKED_RESPONSE = given(SAID, RESPONSE, st.integers(1, 9))
+test_chat = _SOME(ASKED_CHAT(check_chat))
+test_completions = _SOME(ASKED_TEXT(check_completions))
+test_responses = _SOME(ASKED_RESPONSE(check_responses))
+test_many_chats = pytest.mark.nightly(_MANY(ASKED_CHAT(check_chat)))
+test_many_completions = pytest.mark.nightly(_MANY(ASKED_TEXT(check_completions)))
+test_many_responses = pytest.mark.nightly(_MANY(ASKED_RESPONSE(check_responses)))
 
 
 def test_failed_and_compacted_responses(answering):
@@ -221,7 +226,7 @@ def test_failed_and_compacted_responses(answering):
         user=st.just("u"),
     ),
 )
-@_MANY
+@_SOME
 def test_embeddings(answering, given_input, fields):
     answer = answering.post("/v1/embeddings", {"model": MODEL, "input": given_input, **fields})
     assert answer.status_code == 200, answer.text
@@ -263,7 +268,7 @@ BRANCHED = {
 
 
 @pytest.mark.parametrize("path", BRANCHED)
-@_MANY
+@_SOME
 @given(JOINS)
 def test_branches(answering, path, joins):
     body, whole, event = BRANCHED[path]

@@ -112,7 +112,7 @@ def test_long_texts_are_tokenized_off_the_loop(server):
     ("fields", "param"),
     [
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "use_beam_search": True}, "use_beam_search"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),

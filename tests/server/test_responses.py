@@ -305,10 +305,9 @@ def test_tenants_do_not_see_each_other(start_server):
             "tool_choice.tools",
         ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"stream_options": {}}, "stream_options"),
         ({"truncation": "maybe"}, "truncation"),
         ({"temperature": 3}, "temperature"),
-        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": "a"}, "metadata"),
     ],
     ids=lambda v: str(v)[:50],
 )

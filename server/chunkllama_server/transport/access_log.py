@@ -13,7 +13,12 @@ from chunkllama_server.transport.errors import ApiError
 
 logger = init_logger(__name__)
 # Probes and scrapers arrive every few seconds.
-_QUIET = {"/health", "/health/live", "/health/ready", "/metrics", "/dashboard", "/dashboard/data"}
+_QUIET = frozenset(
+    (
+        *("/health", "/health/live", "/health/ready", "/ping", "/metrics"),
+        *("/dashboard", "/dashboard/data"),
+    )
+)
 
 
 class AccessLog:

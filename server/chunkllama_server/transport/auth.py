@@ -21,7 +21,7 @@ from chunkllama_server.transport.paths import canonical_path
 from chunkllama_server.transport.rate_limit import RateLimiter
 from chunkllama_server.transport.request_context import request_info
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/dashboard"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/dashboard"})
 # Where these methods read: it says that the server runs, and POST generates.
 OPEN_ROOT_METHODS = frozenset({"GET", "HEAD"})
 OPERATOR_PATHS = frozenset(

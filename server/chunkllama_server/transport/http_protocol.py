@@ -253,10 +253,14 @@ class LimitedH11Protocol(H11Protocol):
             self._refuse(invalid("Content-Length excludes Transfer-Encoding", code="bad_request"))
         elif self._is_reserved and self.table.promote(self):
             self._is_reserved = False
-        elif self._is_reserved and self.scope["path"].rstrip("/") in HEALTH_PATHS:
+        elif self._is_reserved and self._asks_for_health():
             self.cycle.keep_alive = False
         elif self._is_reserved:
             self._refuse(_too_many())
+
+    def _asks_for_health(self) -> bool:
+        path = canonical_path(self.scope["path"], self.own_root, keep_root=False)
+        return path in HEALTH_PATHS
 
     def _refuse(self, error: ApiError) -> None:
         self._end_cycle()

@@ -18,8 +18,12 @@ _BELOW_V1 = frozenset(
     ("chat", "completions", "responses", "embeddings", "models", "messages", "files", "batches")
 )
 _BESIDE_V1 = frozenset(
-    ("tokenize", "detokenize", "health", "metrics", "version", "api", "server_info", "model_info")
+    (
+        *("tokenize", "detokenize", "health", "ping", "metrics", "version", "api"),
+        *("server_info", "model_info"),
+    )
 )
+_ALIASES = {"/ping": "/health"}  # as SageMaker, vLLM and SGLang name it
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 # In a request's scope: its method, where it is served as another one.
 ASKED_METHOD = "chunkllama.asked_method"
@@ -29,8 +33,8 @@ def canonical_path(path: str, root_path: str, *, keep_root: bool = True) -> str:
     """The path of the endpoint that is meant.
 
     Repeated and trailing slashes are dropped, and /v1 is added or removed where a client's base URL
-    has it once too few or too often. A ``root_path`` that a proxy has not removed stays,
-    unless ``keep_root`` is false.
+    has it once too few or too often. Other names of an endpoint lead to it. A ``root_path`` that a
+    proxy has not removed stays, unless ``keep_root`` is false.
     """
     rest = path.removeprefix(root_path)
     root = path[: len(path) - len(rest)]
@@ -44,6 +48,7 @@ def canonical_path(path: str, root_path: str, *, keep_root: bool = True) -> str:
         rest = f"/v1{below}"
     elif first in _BESIDE_V1:
         rest = below
+    rest = _ALIASES.get(rest, rest)
     return root + rest if keep_root else rest
 
 

@@ -84,7 +84,7 @@ def _arriving(store: FileStore, tenant: str, most: int) -> Iterator[Callable[[in
 
 
 async def _receive(request: Request) -> FormData:
-    context = get_context(request)
+    context = await get_context(request)
     context.check_serving()
     boundary = form_boundary(request.headers)
     if "origin" in request.headers and not context.settings.cors_origins:

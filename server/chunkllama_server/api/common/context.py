@@ -317,7 +317,11 @@ class ServerContext:
         return info
 
 
-def get_context(request: Request) -> ServerContext:
+async def get_context(request: Request) -> ServerContext:
+    """Return what the endpoints of an application share.
+
+    FastAPI would call a plain function in a thread, at each request.
+    """
     context = request.app.state.context
     assert isinstance(context, ServerContext)
     return context
@@ -335,13 +339,14 @@ def tenant_view(context: ServerContext, request: Request) -> str | None:
 
 
 def check_stream_options(body: SamplingFields) -> None:
-    """Refuse fields that ``stream`` excludes or needs.
+    """Refuse fields that ``stream`` excludes.
+
+    ``stream_options`` without it has nothing to do: gateways add it to every request, and a whole
+    answer has its usage.
 
     Raises:
         ApiError: 400.
     """
-    if not body.stream and body.stream_options is not None:
-        raise invalid("stream_options needs stream: true", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise invalid("prompt_logprobs cannot be streamed", "prompt_logprobs")
     if body.stream and body.use_beam_search:

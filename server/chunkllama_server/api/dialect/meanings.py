@@ -10,11 +10,13 @@ from chunkllama_server.api.dialect.tool_shapes import chat_tool_choice, response
 from chunkllama_server.api.dialect.values import (
     chat_format_of,
     completion_limit,
+    effort_word,
     response_reasoning,
     text_format_of,
     thinks,
     token_limit,
 )
+from chunkllama_server.api.schema.spellings import as_flag, as_number
 
 Endpoint = Literal["chat", "completions", "responses", "embeddings", "tokenize"]
 Becomes = Callable[[Any, Endpoint], Mapping[str, Any]]
@@ -31,15 +33,21 @@ def to(target: str) -> Becomes:
     return lambda value, _: {target: value}
 
 
+def read_flag(value: Any) -> bool:
+    """A flag, also as a text.
+
+    Raises:
+        DialectError: for anything else.
+    """
+    value = as_flag(value)
+    if not isinstance(value, bool):
+        raise DialectError("must be true or false")
+    return value
+
+
 def flag(target: str, meaning: Any = True) -> Becomes:
     """A boolean that sets one field when it is true."""
-
-    def becomes(value: Any, _: Endpoint) -> dict[str, Any]:
-        if not isinstance(value, bool):
-            raise DialectError("must be true or false")
-        return {target: meaning} if value else {}
-
-    return becomes
+    return lambda value, _: {target: meaning} if read_flag(value) else {}
 
 
 def limit(value: Any, endpoint: Endpoint) -> dict[str, Any]:
@@ -51,14 +59,12 @@ def limit(value: Any, endpoint: Endpoint) -> dict[str, Any]:
 
 def not_sampled(value: Any, _: Endpoint) -> dict[str, Any]:
     """Whether tokens are drawn; false is greedy."""
-    if not isinstance(value, bool):
-        raise DialectError("must be true or false")
-    return {} if value else {"temperature": 0}
+    return {} if read_flag(value) else {"temperature": 0}
 
 
 def seed(value: Any, _: Endpoint) -> dict[str, Any]:
     """A seed; -1 is none."""
-    return {} if value == -1 else {"seed": value}
+    return {} if as_number(value) == -1 else {"seed": value}
 
 
 def top_logprobs(value: Any, endpoint: Endpoint) -> dict[str, Any]:
@@ -80,15 +86,16 @@ def thinking(value: Any, endpoint: Endpoint) -> dict[str, Any]:
             return {}
         value = kind == "enabled"
     if isinstance(value, str):
+        value = {"enabled": True, "disabled": False}.get(value, as_flag(value))
+    if isinstance(value, str):
         return effort(value, endpoint)
-    if not isinstance(value, bool):
-        raise DialectError("must be true or false")
-    return thinks(value)
+    return thinks(read_flag(value))
 
 
 def effort(value: Any, endpoint: Endpoint) -> dict[str, Any]:
     """How much to think."""
-    return {"reasoning.effort" if endpoint == "responses" else "reasoning_effort": value}
+    word = effort_word(value).value
+    return {"reasoning.effort" if endpoint == "responses" else "reasoning_effort": word}
 
 
 def reasoning(value: Any, _: Endpoint) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def reasoning(value: Any, _: Endpoint) -> dict[str, Any]:
     shaped = response_reasoning(value)
     meanings = {target: meaning for target, (_, meaning) in shaped.also.items()}
     if value.get("effort") is not None:
-        meanings["reasoning_effort"] = value["effort"]
+        meanings |= effort(value["effort"], "chat")
     return meanings
 
 
@@ -121,9 +128,8 @@ def thinking_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:
 
 def continued(value: Any, _: Endpoint) -> dict[str, Any]:
     """Whether the last message is continued."""
-    if not isinstance(value, bool):
-        raise DialectError("must be true or false")
-    return {"continue_final_message": True, "add_generation_prompt": False} if value else {}
+    wants = {"continue_final_message": True, "add_generation_prompt": False}
+    return wants if read_flag(value) else {}
 
 
 def output_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:

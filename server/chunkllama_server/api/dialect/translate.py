@@ -17,6 +17,7 @@ from chunkllama_server.api.dialect.meanings import Endpoint
 from chunkllama_server.api.dialect.shaped import DialectError
 from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
 from chunkllama_server.api.dialect.values import SHAPES
+from chunkllama_server.api.schema.spellings import as_plain
 from chunkllama_server.transport.errors import ApiError, invalid
 
 # Parts of names that constrain or bound an answer, or change the prompt, on any server.
@@ -146,7 +147,8 @@ class _Translator:
             self._set(name, shaped.value, path)
 
     def _apply(self, row: Row, path: str, value: Any) -> None:
-        if any(value is off or (type(value) is not bool and value == off) for off in row.off):
+        plain = as_plain(value)
+        if any(plain is off or (type(plain) is not bool and plain == off) for off in row.off):
             return
         if row.becomes is None:
             if row.is_refused(self._all):

@@ -14,6 +14,8 @@ from chunkllama_server.api.dialect.tool_shapes import (
     response_tool_choice,
     response_tools,
 )
+from chunkllama_server.api.schema.past import as_text
+from chunkllama_server.api.schema.spellings import as_flag, as_number
 
 _JSON_TYPES = ("json", "json_object", "json_schema", "object")
 _FLAGS = ("name", "description", "strict")
@@ -26,9 +28,7 @@ _OBJECT_WORDS = frozenset(("required", "additionalProperties", "patternPropertie
 
 def token_limit(value: Any, target: str) -> dict[str, Any]:
     """A limit of the answer; -1 and -2 (as much as fits) are no limit."""
-    if type(value) is int and value in (-1, -2):
-        return {}
-    return {target: value}
+    return {} if as_number(value) in (-1, -2) else {target: value}
 
 
 def no_limit(value: Any) -> Shaped:
@@ -38,7 +38,7 @@ def no_limit(value: Any) -> Shaped:
 
 def completion_limit(value: Any) -> Shaped:
     """A text completion's limit; without a field 16 tokens are generated, so that none is -1."""
-    return Shaped(-1 if type(value) is int and value == -2 else value)
+    return Shaped(-1 if as_number(value) == -2 else value)
 
 
 def thinks(wants: bool) -> dict[str, Any]:
@@ -47,13 +47,61 @@ def thinks(wants: bool) -> dict[str, Any]:
     return {f"chat_template_kwargs.{name}": wants for name in names}
 
 
+_EFFORTS = {"auto": None, "default": None, "off": "none", "disabled": "none"}
+_TIERS = dict.fromkeys(("standard", "standard_only", "on_demand"), "default")
+
+
+def effort_word(value: Any) -> Shaped:
+    """How much to think, in any case; ``auto`` and ``default`` leave it to the model."""
+    if not isinstance(value, str):
+        return Shaped(value)
+    word = value.strip().lower()
+    return Shaped(_EFFORTS.get(word, word))
+
+
+def service_tier(value: Any) -> Shaped:
+    """A service tier, by the names that Anthropic and Groq have for the ordinary one."""
+    return Shaped(_TIERS.get(value, value) if isinstance(value, str) else value)
+
+
+def metadata(value: Any) -> Shaped:
+    """Notes of the client, whose values are texts here: other data is its JSON text."""
+    if not isinstance(value, dict):
+        return Shaped(value)
+    return Shaped({name: as_text(item) for name, item in value.items() if item is not None})
+
+
+def chat_logprobs(value: Any) -> Shaped:
+    """Chat's flag; the number of a text completion is that of ``top_logprobs``, too."""
+    count = as_number(value)
+    if type(count) is not int or count < 2:
+        return Shaped(value)
+    return Shaped(True, {}, {"top_logprobs": ("", count)})
+
+
+def logprob_count(value: Any) -> Shaped:
+    """A number of log-probabilities; the flag of chat is one, or none."""
+    given = value if type(value) is int else as_flag(value)
+    return Shaped(1 if given is True else None if given is False else value)
+
+
+def template_kwargs(value: Any) -> Shaped:
+    """Variables of the template; the text "false" of a switch would be true in it."""
+    if not isinstance(value, dict):
+        return Shaped(value)
+    switches = {"enable_thinking", "thinking"}
+    return Shaped({k: as_flag(item) if k in switches else item for k, item in value.items()})
+
+
 def response_reasoning(value: Any) -> Shaped:
     """``reasoning`` of a Responses request with the members that OpenRouter adds."""
     if not isinstance(value, dict):
         return Shaped(value)
     also: dict[str, tuple[str, Any]] = {}
     rest = {name: item for name, item in value.items() if name not in ("enabled", "max_tokens")}
-    if (wants := value.get("enabled")) is not None:
+    if "effort" in rest:
+        rest["effort"] = effort_word(rest["effort"]).value
+    if (wants := as_flag(value.get("enabled"))) is not None:
         if not isinstance(wants, bool):
             raise DialectError("must be true or false", "enabled")
         also = {target: (".enabled", meaning) for target, meaning in thinks(wants).items()}
@@ -90,15 +138,18 @@ def answer_format(value: Any) -> dict[str, Any]:
     raise DialectError('must be "json" or a JSON schema')
 
 
-def bias_pairs(value: Any) -> Shaped:
-    """llama.cpp's list of [token id, bias] as a map; false is -100."""
+def bias_values(value: Any) -> Shaped:
+    """A map of token ids to numbers, which may be texts, or llama.cpp's list of [token id, bias],
+    in which false is -100."""
+    if isinstance(value, dict):
+        return Shaped({token: as_number(bias) for token, bias in value.items()})
     if not isinstance(value, list):
         return Shaped(value)
     bias: dict[str, Any] = {}
     for index, pair in enumerate(value):
         if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (int, str)):
             raise DialectError("must be a token id and a bias", f"[{index}]")
-        bias[str(pair[0])] = -100 if pair[1] is False else pair[1]
+        bias[str(pair[0])] = -100 if pair[1] is False else as_number(pair[1])
     return Shaped(bias)
 
 
@@ -286,12 +337,27 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ("chat", "thinking_token_budget"): no_limit,
     ("responses", "thinking_token_budget"): no_limit,
     ("completions", "max_tokens"): completion_limit,
+    ("chat", "logprobs"): chat_logprobs,
+    ("completions", "logprobs"): logprob_count,
+    ("chat", "prompt_logprobs"): logprob_count,
+    ("completions", "prompt_logprobs"): logprob_count,
+    ("chat", "reasoning_effort"): effort_word,
+    **{
+        (endpoint, name): shape
+        for endpoint in ("chat", "responses")
+        for name, shape in (
+            ("chat_template_kwargs", template_kwargs),
+            ("metadata", metadata),
+            ("service_tier", service_tier),
+        )
+    },
     **{
         (endpoint, name): shape
         for endpoint in ("chat", "completions", "responses")
         for name, shape in (
-            ("logit_bias", bias_pairs),
+            ("logit_bias", bias_values),
             ("structured_outputs", structured_outputs),
+            ("truncate_prompt_tokens", no_limit),
         )
     },
     ("chat", "tools"): chat_tools,

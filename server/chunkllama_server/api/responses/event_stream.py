@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -16,6 +16,7 @@ from chunkllama_server.api.responses.items import (
     output_text,
     reasoning_item,
 )
+from chunkllama_server.api.responses.tools import OfferedTool
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import (
     OutputItem,
@@ -33,7 +34,7 @@ class EventStream:
 
     Args:
         parser: reads calls in the answer's text.
-        custom_tools: names of the tools whose input is free text.
+        tools: that are offered, by the names that the model knows.
         logprobs: log-probabilities of a piece, [] where none are asked for.
 
     Attributes:
@@ -41,11 +42,11 @@ class EventStream:
     """
 
     def __init__(
-        self, parser: OutputParser, custom_tools: frozenset[str], logprobs: Logprobs
+        self, parser: OutputParser, tools: Mapping[str, OfferedTool], logprobs: Logprobs
     ) -> None:
         self.output: list[OutputItem] = []
         self._parser = parser
-        self._custom_tools = custom_tools
+        self._tools = tools
         self._logprobs_of = logprobs
         self._sequence_number = 0
         self._reason: str | None = None
@@ -185,7 +186,7 @@ class EventStream:
         if delta.name is not None:
             events = self._close()
             call_id = f"call_{uuid.uuid4().hex[:24]}"
-            item = opened_call(delta.name, delta.name in self._custom_tools, call_id)
+            item = opened_call(delta.name, self._tools.get(delta.name), call_id)
             self._arguments = ""
             events += self._open(item)
         call = self.output[-1]

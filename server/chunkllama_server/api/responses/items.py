@@ -10,10 +10,13 @@ from typing import Any, Literal, cast
 
 from chunkllama_server.api.chat.history import readable_arguments
 from chunkllama_server.api.common.response_store import item_id_in
+from chunkllama_server.api.responses.tools import OfferedTool, function_name
 from chunkllama_server.api.schema.chat import CalledFunction, ChatMessage, MessageToolCall
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import (
     CompactionItem,
+    OutputCustomToolCall,
+    OutputFunctionCall,
     OutputItem,
     OutputReasoning,
     OutputText,
@@ -52,10 +55,16 @@ def reasoning_item(text: str, status: Literal["in_progress", "completed"]) -> Ou
     }
 
 
-def opened_call(name: str, is_custom: bool, call_id: str) -> OutputItem:
-    """A call that has just begun, without its arguments."""
-    if is_custom:
-        return {
+def opened_call(name: str, offered: OfferedTool | None, call_id: str) -> OutputItem:
+    """A call that has just begun, without its arguments.
+
+    Args:
+        name: by which the model has called the tool.
+        offered: the tool; None for a name that none has.
+    """
+    item: OutputFunctionCall | OutputCustomToolCall
+    if offered is not None and offered.is_custom:
+        item = {
             "id": item_id("ctc"),
             "type": "custom_tool_call",
             "call_id": call_id,
@@ -63,14 +72,18 @@ def opened_call(name: str, is_custom: bool, call_id: str) -> OutputItem:
             "input": "",
             "status": "in_progress",
         }
-    return {
-        "id": item_id("fc"),
-        "type": "function_call",
-        "call_id": call_id,
-        "name": name,
-        "arguments": "",
-        "status": "in_progress",
-    }
+    else:
+        item = {
+            "id": item_id("fc"),
+            "type": "function_call",
+            "call_id": call_id,
+            "name": name,
+            "arguments": "",
+            "status": "in_progress",
+        }
+    if offered is not None and offered.namespace is not None:
+        item["name"], item["namespace"] = offered.tool.name or "", offered.namespace
+    return item
 
 
 def custom_input(arguments: str) -> str:
@@ -89,11 +102,11 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
         elif item["type"] == "reasoning":
             thoughts += "".join(part["text"] for part in item["content"])
         elif item["type"] == "function_call":
-            function = CalledFunction(name=item["name"], arguments=item["arguments"])
+            function = CalledFunction(name=_called(item), arguments=item["arguments"])
             calls.append(MessageToolCall(id=item["call_id"], function=function))
         elif item["type"] == "custom_tool_call":
             arguments = json.dumps({CUSTOM_INPUT: item["input"]}, ensure_ascii=False)
-            function = CalledFunction(name=item["name"], arguments=arguments)
+            function = CalledFunction(name=_called(item), arguments=arguments)
             calls.append(MessageToolCall(id=item["call_id"], function=function))
     # Not validated: a model may make more calls than a request may carry.
     return ChatMessage.model_construct(
@@ -102,6 +115,11 @@ def assistant_message(output: list[OutputItem]) -> ChatMessage:
         tool_calls=calls or None,
         reasoning_content=thoughts or None,
     )
+
+
+def _called(item: OutputFunctionCall | OutputCustomToolCall) -> str:
+    """The name by which the model has called a tool."""
+    return function_name(item.get("namespace"), item["name"])
 
 
 def input_items(body: ResponseRequest, response_id: str) -> list[dict[str, Any]]:

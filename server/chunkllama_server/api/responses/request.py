@@ -11,30 +11,30 @@ from pydantic import ValidationError
 from chunkllama_server.api.common.context import ServerContext
 from chunkllama_server.api.common.response_store import PackedResponse
 from chunkllama_server.api.responses.items import compacted_text
+from chunkllama_server.api.responses.tools import (
+    ADDITIONAL_TOOLS,
+    chat_tool_choice,
+    chat_tools,
+    function_name,
+    offered_tools,
+    unread_tools,
+)
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
-    AllowedTools,
     CalledFunction,
     ChatCompletionRequest,
     ChatMessage,
-    ChatTool,
     ContentPart,
-    FunctionDefinition,
-    InputFormat,
     JsonSchemaFormat,
     MessageToolCall,
-    NamedFunction,
-    NamedToolChoice,
     ResponseFormat,
 )
 from chunkllama_server.api.schema.responses import (
     InputItem,
     InputPart,
     ResponseRequest,
-    ResponseTool,
     ResponseToolChoice,
 )
-from chunkllama_server.api.tools.raw_input import CUSTOM_INPUT
 from chunkllama_server.transport.errors import ApiError, invalid
 
 LOGPROBS = "message.output_text.logprobs"
@@ -64,6 +64,9 @@ class _InputReader:
             self._add_call(item, kind, path)
         elif kind.endswith("_call_output"):
             self._add_output(item, kind, path)
+        elif kind == ADDITIONAL_TOOLS:
+            if unread_tools(item):
+                self.repairs.append(f"{path}.tools")
         else:
             self.repairs.append(path)
 
@@ -90,7 +93,9 @@ class _InputReader:
         if kind != "function_call":
             given = next((v for v in (item.input, item.action, item.operation) if v), None)
             arguments = {"input": given} if isinstance(given, str) else given or arguments
-        name = item.name or (kind.removesuffix("_call") if kind != "function_call" else "")
+        name = function_name(item.namespace, item.name or "")
+        if not name and kind != "function_call":
+            name = kind.removesuffix("_call")
         if not name or (arguments is None and kind == "function_call"):
             self.repairs.append(path)
         function = CalledFunction(name=name, arguments=arguments)
@@ -217,71 +222,6 @@ def previous_messages(previous: PackedResponse | None) -> list[ChatMessage]:
     return [message.from_path("previous_response_id") for message in messages]
 
 
-def _tools(body: ResponseRequest) -> list[ChatTool] | None:
-    tools = []
-    for index, tool in enumerate(body.tools or ()):
-        if tool.is_skipped():
-            continue
-        if tool.name is None:
-            raise invalid("A function needs a name", f"tools[{index}].name")
-        try:
-            function = _function(tool)
-        except ValidationError:
-            raise invalid(
-                "A function's name has 1 to 128 letters, digits, _, - and .", f"tools[{index}].name"
-            ) from None
-        tools.append(ChatTool(type="function", function=function))
-    return tools or None
-
-
-def _function(tool: ResponseTool) -> FunctionDefinition:
-    """A function, or a custom tool as a function of one text."""
-    if tool.type == "function":
-        return FunctionDefinition(
-            name=tool.name or "",
-            description=tool.description,
-            parameters=tool.parameters,
-            strict=tool.strict,
-        )
-    description, value = tool.description or "", {"type": "string"}
-    given = _input_format(tool.format or {})
-    if given is not None:
-        description += f"\nThe input matches this {given.syntax} grammar:\n{given.definition}"
-        if given.syntax == "regex":
-            value["pattern"] = f"^(?:{given.definition})$"
-    function = FunctionDefinition(
-        name=tool.name or "",
-        description=description.strip() or None,
-        parameters={
-            "type": "object",
-            "properties": {CUSTOM_INPUT: value},
-            "required": [CUSTOM_INPUT],
-            "additionalProperties": False,
-        },
-    )
-    return function if given is None else function.with_input(given)
-
-
-def _input_format(given: Mapping[str, Any]) -> InputFormat | None:
-    """The grammar of a custom tool's input; free text, or what no server knows, has none."""
-    syntax, definition = given.get("syntax"), given.get("definition")
-    if syntax not in ("lark", "regex") or not isinstance(definition, str):
-        return None
-    return InputFormat(syntax, definition)
-
-
-def _tool_choice(choice: ResponseToolChoice) -> NamedToolChoice:
-    if choice.type in ("function", "custom"):
-        if choice.name is None:
-            raise invalid("A function choice needs a name", "tool_choice.name")
-        return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
-    if choice.tools is None:
-        raise invalid("allowed_tools needs tools", "tool_choice.tools")
-    tools = [{"type": "function", "function": {"name": t.get("name")}} for t in choice.tools]
-    allowed = AllowedTools(mode=choice.mode or "auto", tools=tools)
-    return NamedToolChoice(type="allowed_tools", allowed_tools=allowed)
-
-
 def _response_format(body: ResponseRequest) -> ResponseFormat | None:
     given = body.text.format if body.text is not None else None
     if given is None:
@@ -307,8 +247,6 @@ def as_chat(
     """
     if body.background and body.store is False:
         raise invalid("A background response is read from the store; leave store out", "background")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options needs stream: true", "stream_options")
     system = []
     if body.instructions is not None:
         instructions = ChatMessage(role="system", content=body.instructions)
@@ -317,9 +255,10 @@ def as_chat(
     messages = [*system, *history, *given]
     if not messages:
         raise invalid("The input has no message", "input")
+    tools = offered_tools(body)
     choice: Any = body.tool_choice
     if isinstance(choice, ResponseToolChoice):
-        choice = _tool_choice(choice)
+        choice = chat_tool_choice(choice, tools)
     shared = {
         name: getattr(body, name)
         for name in SamplingFields.model_fields.keys() & ResponseRequest.model_fields.keys()
@@ -330,7 +269,7 @@ def as_chat(
         **shared,
         messages=messages,
         max_completion_tokens=body.max_output_tokens,
-        tools=_tools(body),
+        tools=chat_tools(tools) or None,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_response_format(body),

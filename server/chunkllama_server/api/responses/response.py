@@ -15,6 +15,7 @@ from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import EventRecorder
 from chunkllama_server.api.responses.event_stream import EventStream
+from chunkllama_server.api.responses.tools import offered_tools
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import Response, ResponseError
 from chunkllama_server.api.schema.responses import ResponseRequest
@@ -56,11 +57,9 @@ class ResponseAnswer:
     _has_begun: bool = False
 
     def __post_init__(self) -> None:
-        custom = frozenset(
-            tool.name for tool in self.body.tools or () if tool.type == "custom" and tool.name
-        )
+        tools = {tool.name: tool for tool in offered_tools(self.body)}
         self._recorder = EventRecorder() if self.body.store is not False else None
-        self._stream = EventStream(self.tools.parser(), custom, self.logprobs)
+        self._stream = EventStream(self.tools.parser(), tools, self.logprobs)
         self._echoed = self.body.model_dump(include=_ECHOED, exclude_none=True, by_alias=True)
 
     def usage(self) -> ResponseUsage:
@@ -110,8 +109,7 @@ class ResponseAnswer:
             "temperature": sampling.temperature,
             "text": _echoed_text(given.get("text", {})),
             "tool_choice": _echoed_choice(given.get("tool_choice", "auto")),
-            # Those that are left out may be of types that clients cannot read either.
-            "tools": [_echoed_tool(t) for t in given.get("tools", []) if t["type"] in _TOOL_TYPES],
+            "tools": _echoed_tools(given.get("tools", [])),
             "top_logprobs": body.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": body.truncation or "disabled",
@@ -253,7 +251,6 @@ _ECHOED: Any = {
     "tools": True,
 }
 _COMPLETED = ("completed", "incomplete")
-_TOOL_TYPES = ("function", "custom")
 
 
 def _echoed_text(text: dict[str, Any]) -> dict[str, Any]:
@@ -269,10 +266,19 @@ def _echoed_choice(choice: Any) -> Any:
     return choice
 
 
+def _echoed_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are offered: others may be of types that clients cannot read either."""
+    kinds = ("function", "custom")
+    shown = [t for t in tools if t["type"] in kinds or (t["type"] == "namespace" and "tools" in t)]
+    return list(map(_echoed_tool, shown))
+
+
 def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool with the members that clients' types require, without a format they cannot read."""
     if tool["type"] == "function":
         return {"parameters": None, "strict": None, **tool}
+    if tool["type"] == "namespace":
+        return {"description": "", **tool, "tools": _echoed_tools(tool["tools"])}
     form = tool.get("format", {"type": "text"})
     is_read = form.get("type") in ("grammar", "text")
     if form.get("type") == "grammar":

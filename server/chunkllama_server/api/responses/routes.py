@@ -25,6 +25,7 @@ from chunkllama_server.api.responses.request import (
     referenced_items,
 )
 from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
+from chunkllama_server.api.responses.tools import offered_tools, tool_paths
 from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
 from chunkllama_server.api.schema.response_object import (
     CompactedResponse,
@@ -85,6 +86,7 @@ async def _as_chat(
 
     def make() -> ChatCompletionRequest:
         items = {item["id"]: item for each in holders for item in each.load_items()}
+        info.spelled.update(tool_paths(body, info.spelled))
         return as_chat(body, previous_messages(previous), items.get)
 
     return await context.prepare(info, make)
@@ -179,7 +181,7 @@ async def compact_response(
 ) -> HttpResponse:
     """Summarise a conversation in one item that stands for it as the input of a later response."""
     info = await context.admit(body, request)
-    body.tool_choice = "none" if body.tools else None
+    body.tool_choice = "none" if offered_tools(body) else None
     if body.parallel is not None:
         raise invalid("A summary has no branches; leave parallel out", "parallel")
     try:

@@ -5,15 +5,14 @@ Ignored, Ignored and named (in a response header; strict mode refuses it), or Re
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from chunkllama.rests import rest
+from chunkllama_server.api.schema.spellings import Word, kinds_of, plain_value, scalar_reader
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 # Report only the first invalid element of a list: each report costs microseconds.
@@ -25,15 +24,6 @@ MOST_STOPS = 1024  # of the protocols whose stop strings max_stop_chars bounds
 MOST_TOOLS = 4096
 REFUSED = "Refused."
 NAMED = "Ignored and named"
-# Fields whose empty list means the same as no list; clients send both. An empty list of allowed
-# tokens is not among them: it constrains.
-EMPTY_IS_ABSENT = frozenset(
-    (
-        *("tools", "functions", "stop", "stop_token_ids", "bad_words", "documents", "include"),
-        *("content", "tool_calls", "modalities"),
-        "mcp_servers",
-    )
-)
 # Refused fields of which an empty object asks for nothing.
 EMPTY_OBJECT_IS_ABSENT = frozenset(("kv_transfer_params", "vllm_xargs"))
 MAX_SEED = 2**63 - 1
@@ -42,7 +32,8 @@ MAX_SEED = 2**63 - 1
 class RequestModel(BaseModel):
     """Base of request models; ``null`` equals absent wherever a field's type allows it.
 
-    Clients in languages without integers write 5.0: a whole number is an integer.
+    Values are read as clients write them (``spellings``): 5.0 is an integer, "0.7" a number and
+    "false" a flag.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -53,13 +44,16 @@ class RequestModel(BaseModel):
         if not isinstance(data, dict):
             return data
         names, empty, blank = cls.wire_names(), cls._empty_objects(), cls._blank_fields()
+        scalars = cls._scalars()
 
         def read(name: str, value: Any) -> Any:
             if value == [] and name in empty:
                 return empty[name]
             if value == "" and name in blank:
                 return None
-            return _plain_value(name, value) if name in names else value
+            if name in scalars:
+                return scalars[name](value)
+            return plain_value(name, value) if name in names else value
 
         return {
             name: read(name, value)
@@ -78,7 +72,7 @@ class RequestModel(BaseModel):
         """What ``[]``, as PHP writes an empty object, is for the fields that are objects."""
         found: dict[str, Any] = {}
         for name, field in cls.model_fields.items():
-            kinds = set(_kinds(field.annotation))
+            kinds = set(kinds_of(field.annotation))
             is_object = any(
                 kind is dict or (isinstance(kind, type) and issubclass(kind, BaseModel))
                 for kind in kinds
@@ -93,10 +87,20 @@ class RequestModel(BaseModel):
         """Fields of numbers, flags and fixed words, which forms send as "" where nothing is set."""
         found = set()
         for name, field in cls.model_fields.items():
-            kinds = set(_kinds(field.annotation))
-            if type(None) in kinds and kinds <= {type(None), int, float, bool, _Word}:
+            kinds = set(kinds_of(field.annotation))
+            if type(None) in kinds and kinds <= {type(None), int, float, bool, Word}:
                 found.add(field.alias or name)
         return frozenset(found)
+
+    @classmethod
+    @cache
+    def _scalars(cls) -> dict[str, Callable[[Any], Any]]:
+        """What reads each field that is one flag or one number."""
+        found = {
+            field.alias or name: scalar_reader(field.annotation)
+            for name, field in cls.model_fields.items()
+        }
+        return {name: read for name, read in found.items() if read is not None}
 
     # Whether an unknown field that would constrain the answer is refused; requests that the dialect
     # table translates are checked there.
@@ -107,39 +111,6 @@ class RequestModel(BaseModel):
     def is_skipped(self) -> bool:
         """Whether the whole object is left out of the request and named."""
         return False
-
-
-class _Word:
-    """Stands for the words of a ``Literal``."""
-
-
-def _kinds(annotation: Any) -> Iterator[type]:
-    """The types of which a value of the annotation is one."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        yield from _kinds(parts[0])
-    elif origin in (typing.Union, types.UnionType):
-        for part in parts:
-            yield from _kinds(part)
-    elif origin is Literal:
-        yield _Word
-    else:
-        yield origin or annotation
-
-
-def _plain_value(name: str, value: Any) -> Any:
-    """The value as the schemas define it: 5.0 is 5, ``[]`` and a blank stop string are absent."""
-    if type(value) is float and value.is_integer():
-        return int(value)
-    if name == "stop":
-        is_list = isinstance(value, list)
-        value = [text for text in value if text not in ("", None)] if is_list else value or None
-    if isinstance(value, list | dict) and not value and name in EMPTY_IS_ABSENT:
-        # An object without members may be data: a tool returned it.
-        return value if value == {} and name == "content" else None
-    if isinstance(value, list) and value and type(value[0]) is float:
-        return [_plain_value("", item) for item in value]
-    return value
 
 
 def walk_fields(
@@ -378,7 +349,7 @@ class SamplingFields(GenerationFields):
     )
     stream: bool | None = Field(default=None, description="Honoured.")
     stream_options: StreamOptions | None = Field(
-        default=None, description="Honoured: 400 without stream."
+        default=None, description="Honoured: without stream there is nothing to do."
     )
     return_token_ids: bool | None = Field(
         default=None, description="Honoured: prompt_token_ids and each choice's token_ids."

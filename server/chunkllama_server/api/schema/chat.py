@@ -94,6 +94,7 @@ class ChatMessage(RequestModel):
         default=None, description="Honoured through the template."
     )
     audio: Any = Field(default=None, description="Ignored and named: its transcript is not known.")
+    annotations: Any = Field(default=None, description="Ignored: links of OpenAI's answers.")
 
     _read = model_validator(mode="before")(as_message)
     # Where the message comes from, if not from messages[i]: named in errors and repairs.

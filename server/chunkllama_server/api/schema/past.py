@@ -297,7 +297,7 @@ def as_item(data: Any) -> Any:
     content = item.get("content")
     if "content" in item and (not is_asked or (isinstance(content, Mapping) and _is_part(content))):
         item["content"] = as_content(content)
-    for name in ("role", "call_id", "name", "id", "status", "phase"):
+    for name in ("role", "call_id", "name", "namespace", "id", "status", "phase"):
         if item.get(name) is not None:
             item[name] = as_text(item[name])
     return item

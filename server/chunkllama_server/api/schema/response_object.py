@@ -35,6 +35,7 @@ class OutputFunctionCall(TypedDict):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: NotRequired[str]
     arguments: str
     status: Literal["in_progress", "completed", "incomplete"]
 
@@ -63,6 +64,7 @@ class OutputCustomToolCall(TypedDict):
     type: Literal["custom_tool_call"]
     call_id: str
     name: str
+    namespace: NotRequired[str]
     input: str
     status: Literal["in_progress", "completed", "incomplete"]
 

@@ -44,8 +44,8 @@ class InputItem(RequestModel):
     type: str | None = Field(
         default="message",
         description="Honoured: messages, their parts, calls, outputs of calls, reasoning, "
-        "compaction, and item_reference to an item of a stored response or of its input. Items of "
-        "other types are left out and named.",
+        "compaction, additional_tools, and item_reference to an item of a stored response or of "
+        "its input. Items of other types are left out and named.",
     )
     role: str | None = Field(
         default=None,
@@ -59,6 +59,10 @@ class InputItem(RequestModel):
     )
     call_id: str | None = Field(default=None, description="Honoured for calls.")
     name: str | None = Field(default=None, description="Honoured for a function call.")
+    namespace: str | None = Field(default=None, description="Honoured for a call: of its tool.")
+    tools: Any = Field(
+        default=None, description="Honoured for additional_tools: offered beside those of the body."
+    )
     arguments: Any = Field(default=None, description="Honoured for a function call.")
     input: Any = Field(default=None, description="Honoured for a custom tool's call.")
     action: Any = Field(default=None, description="Honoured for a shell or computer call.")
@@ -99,12 +103,12 @@ class TextOptions(RequestModel):
 
 
 class ResponseTool(RequestModel):
-    """A function or custom tool the model may call."""
+    """A function or custom tool the model may call, or a namespace of them."""
 
     type: str = Field(
         max_length=64,
-        description="Honoured: function, and custom, whose input is free text. A tool of another "
-        "type is left out and named in the header of ignored fields.",
+        description="Honoured: function, custom, whose input is free text, and namespace. A tool "
+        "of another type is left out and named in the header of ignored fields.",
     )
     name: str | None = Field(default=None, description="Honoured.")
     description: str | None = Field(default=None, description="Honoured through the template.")
@@ -118,8 +122,15 @@ class ResponseTool(RequestModel):
         "expression, or a Lark grammar if it is the only tool that may be called. Else shown to "
         "the model, and named.",
     )
+    tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = Field(
+        default=None,
+        description="Honoured for a namespace: the model knows its tools by both names, as "
+        "namespace__name, and calls have the namespace apart.",
+    )
 
     def is_skipped(self) -> bool:
+        if self.type == "namespace":
+            return not self.tools
         return self.type not in ("function", "custom")
 
 
@@ -186,9 +197,7 @@ class ResponseRequest(GenerationFields):
         default=None, description="Honoured: default true; bounded by count, bytes and age."
     )
     stream: bool | None = Field(default=None, description="Honoured.")
-    stream_options: ResponseStreamOptions | None = Field(
-        default=None, description="Validated: 400 without stream."
-    )
+    stream_options: ResponseStreamOptions | None = Field(default=None, description="Validated.")
     text: TextOptions | None = Field(default=None, description="Honoured.")
     tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = Field(
         default=None, description="Honoured: functions."
