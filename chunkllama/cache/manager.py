@@ -381,11 +381,7 @@ class CacheManager:
         return explain_match(self.history, self._clock(), tenant, namespace, key, match, num_used)
 
     def record_prompt(self, chunks: SequenceChunks, ended: bytes = b"") -> None:
-        """Record the prompt of a sequence for explanations, unless it is there or ``ended`` has it.
-
-        Args:
-            ended: what an ended sequence has computed and may show, encoded; recorded, too.
-        """
+        """Record a prompt unless it is there; of a sequence that ``ended``, what it may show."""
         tenant, namespace, prompt = chunks.tenant, chunks.namespace, chunks.unrecorded
         chunks.unrecorded = None
         if prompt is not None and len(prompt[0]) > len(ended):
