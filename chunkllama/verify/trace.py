@@ -158,11 +158,10 @@ def _other_embedding(ours: torch.Tensor, theirs: torch.Tensor) -> int | None:
     """The first token whose rows [vocab_size, H] differ, which may occur in no text compared."""
     limit = _TOLERANCE * float(theirs.nan_to_num().abs().max())
     for begin in range(0, min(len(ours), len(theirs)), _TOKENS):
-        pair = ours[begin : begin + _TOKENS], theirs[begin : begin + _TOKENS].float()
-        size = min(map(len, pair))
-        is_equal = torch.isclose(
-            *(rows[:size] for rows in pair), rtol=0, atol=limit, equal_nan=True
-        ).all(dim=1)
+        mine, other = ours[begin : begin + _TOKENS], theirs[begin : begin + _TOKENS].float()
+        size = min(len(mine), len(other))
+        is_close = torch.isclose(mine[:size], other[:size], rtol=0, atol=limit, equal_nan=True)
+        is_equal = is_close.all(dim=1)
         if not is_equal.all():
             return begin + int(is_equal.int().argmin())
     return None
