@@ -33,6 +33,7 @@ from chunkllama.verify.report import Finding
 
 _TOLERANCE: Final = 1e-4  # of the stage's largest value
 _ROWS: Final = 48  # compared of each stage, the last ones of the sequence
+_TOKENS: Final = 4096  # whose embeddings are compared at once
 _ATTENTION: Final = "chunkllama_verify"
 # Field of LayerWeights -> area.
 _AREAS: Final = {
@@ -116,7 +117,8 @@ def window_to_pass(spec: ModelSpec) -> int:
 
 
 def first_difference(folder: Path, reference: TheirModel, ids: list[int]) -> Finding:
-    """Compare all stages of one sequence, in the order of computation.
+    """Compare the embeddings of all tokens, then all stages of one sequence, in the order of
+    computation.
 
     Args:
         folder: of the model.
@@ -127,7 +129,13 @@ def first_difference(folder: Path, reference: TheirModel, ids: list[int]) -> Fin
     passing = window_to_pass(spec)
     ids = ids[: max(_ROWS, passing if passing <= len(ids) else 0)]
     spec = spec.for_length(len(ids))
-    ours = _our_stages(folder, spec, ids)
+    weights = load_weights(Checkpoint(folder, spec), spec, torch.float32, torch.device("cpu"))
+    widen_model(weights, torch.device("cpu"))
+    table = _decoder(reference).get_submodule("embed_tokens").get_parameter("weight")
+    token = _other_embedding(weights.embedding, table.detach())
+    if token is not None:
+        return Finding("embedding", "stages", False, f"the embedding of token {token} differs")
+    ours = _our_stages(weights, spec, ids)
     theirs = _their_stages(reference, spec, ids)
     compared = 0
     for stage, area in _order(spec):
@@ -144,6 +152,19 @@ def first_difference(folder: Path, reference: TheirModel, ids: list[int]) -> Fin
             )
             return Finding(area, "stages", False, detail, {"relative_difference": distance})
     return Finding("stages", "", True, f"{compared} stages of {spec.num_layers} layers equal")
+
+
+def _other_embedding(ours: torch.Tensor, theirs: torch.Tensor) -> int | None:
+    """The first token whose rows [vocab_size, H] differ, which may occur in no text compared."""
+    limit = _TOLERANCE * float(theirs.nan_to_num().abs().max())
+    for begin in range(0, min(len(ours), len(theirs)), _TOKENS):
+        mine, other = ours[begin : begin + _TOKENS], theirs[begin : begin + _TOKENS].float()
+        size = min(len(mine), len(other))
+        is_close = torch.isclose(mine[:size], other[:size], rtol=0, atol=limit, equal_nan=True)
+        is_equal = is_close.all(dim=1)
+        if not is_equal.all():
+            return begin + int(is_equal.int().argmin())
+    return None
 
 
 def _title(stage: str) -> str:
@@ -180,7 +201,7 @@ def _order(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "logits", "head"
 
 
-def _our_stages(folder: Path, spec: ModelSpec, ids: list[int]) -> Stages:
+def _our_stages(weights: ModelWeights, spec: ModelSpec, ids: list[int]) -> Stages:
     attention = build_attention(
         spec,
         device="cpu",
@@ -189,8 +210,6 @@ def _our_stages(folder: Path, spec: ModelSpec, ids: list[int]) -> Stages:
         chunk_size=64,
         backend="reference",
     )
-    weights = load_weights(Checkpoint(folder, spec), spec, torch.float32, torch.device("cpu"))
-    widen_model(weights, torch.device("cpu"))
     recorder = _Recorder(torch.device("cpu"), _names(weights), len(ids))
     attention.backend = recorder
     model = Llama(spec, weights, attention, rotary_tables(spec, len(ids)))
