@@ -295,6 +295,7 @@ class WaitingQueue:
             number, tenant = self._groups[at]
             if number >= groups_end:
                 break
+            self._next_group = number  # those before are asked no more, whatever starts of them
             queue = self.ready.get(tenant)
             may_continue = tenant not in self.blocked and tenant not in self._closed
             if queue is not None and may_continue and clocks[tenant] < lowest + self._quantum:
@@ -304,6 +305,7 @@ class WaitingQueue:
             self._next_group = number + 1
             if queue is None or queue.may_follow is False:
                 del self._groups[at]
+        self._next_group = groups_end
         return None
 
     def _follower(self, queue: TenantQueue, passed: Container[Sequence]) -> Sequence | None:
