@@ -81,12 +81,14 @@ def _make_sequences(group: SequenceGroup, limits: SchedulerLimits) -> None:
         raise InvalidRequestError(
             f"delivered has {len(request.delivered)} choices, the request {asked}", "delivered"
         )
+    prompt = np.array(request.prompt_token_ids, np.int32)
     # Beams and pooled prompts return nothing before they end: they restart with one sequence.
     starts_alone = group.beam is not None or request.wants_hidden_states != ""
     for index in range(1 if starts_alone else asked):
         given = not starts_alone and index < len(request.delivered)
         delivered = request.delivered[index] if given else []
-        sequence = Sequence(group, index, [*request.prompt_token_ids, *delivered])
+        tokens = np.append(prompt, np.array(delivered, np.int32)) if delivered else prompt
+        sequence = Sequence(group, index, tokens)
         if sequence.finish_reason(limits.eos_token_ids)[0] is None:
             group.sequences[index] = sequence
     if not group.sequences:

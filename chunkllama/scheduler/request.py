@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,13 +68,13 @@ class Sequence:
         "tenant",
     )
 
-    def __init__(self, group: SequenceGroup, index: int, tokens: Iterable[int]) -> None:
+    def __init__(self, group: SequenceGroup, index: int, tokens: Int32Array) -> None:
         self.group = group
         self.index = index
         self.age = group.arrival, index
         self.is_background = group.request.priority >= BACKGROUND_PRIORITY
         self.tenant = group.request.tenant
-        self._tokens = np.array(list(tokens), np.int32)
+        self._tokens = tokens  # of several sequences, until one is appended
         self._key = b""
         self.num_tokens = len(self._tokens)
         self.num_prompt_tokens = group.num_prompt_tokens

@@ -211,7 +211,7 @@ class SequenceLifecycle:
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """Add a sequence with the same tokens: running, or queued if no slot or chunk is free."""
         assert parent.chunks is not None
-        child = Sequence(parent.group, index, parent.token_ids.tolist())
+        child = Sequence(parent.group, index, parent.token_ids.copy())
         parent.group.sequences[index] = child
         chunks = None
         if self.running.num_free_slots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from chunkllama.errors import ConfigError, InvalidRequestError
@@ -44,6 +45,18 @@ class TestKindsOfRequests:
         assert run.first_deltas[name].embedding is not None
         assert run.finished[name, 0] == "stop"
         assert run.cached[name] == 0
+
+    def test_choices_that_wait_have_the_prompt_once(self) -> None:
+        run = engine(128, max_num_seqs=16)
+        name = run.add([*range(20)], 5, n=16, temperature=1.0)
+        sequences = [*run.scheduler._groups[name].sequences.values()]
+        first = sequences[0].token_ids
+        assert len(sequences) == 16
+        assert all(np.shares_memory(first, each.token_ids) for each in sequences)
+        run.run()
+        assert not any(np.shares_memory(first, each.token_ids) for each in sequences)
+        assert all(each.prompt_token_ids.tolist() == [*range(20)] for each in sequences)
+        run.check_outputs()
 
     def test_what_was_delivered_is_not_sent_again(self) -> None:
         run = engine()

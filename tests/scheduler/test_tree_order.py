@@ -17,7 +17,7 @@ from chunkllama.scheduler.tree_order import TreeOrder, num_shared_chunks
 
 def sequence(chunk_ids: list[int]) -> Sequence:
     request = EngineRequest(request_id="r", prompt_token_ids=[1], sampling=SamplingParams())
-    made = Sequence(SequenceGroup(request, 0, 0.0, 1), 0, [1])
+    made = Sequence(SequenceGroup(request, 0, 0.0, 1), 0, np.array([1], np.int32))
     made.chunks = SequenceChunks("", 0, [])
     made.chunks.extend(chunk_ids, 0.0)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -154,3 +155,27 @@ def test_client_gone_before_the_first_token_aborts(server, stream, caplog):
     assert wait_for(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 1
     assert not caplog.records, "a client that leaves is nothing to report"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_events_of_a_step_are_sent_together(server, path):
+    """Each by itself costs the server's thread about as much as it costs to make it."""
+    chat = {"messages": [{"role": "user", "content": "say(abcdefgh)yas"}]}
+    prompt = chat if "chat" in path else {"prompt": "say(abcdefgh)yas"}
+    content = json.dumps({"model": MODEL, "n": 16, "stream": True, **prompt}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    url = urlsplit(server.url)
+    received = b""
+    with socket.create_connection((url.hostname, url.port), 60) as sock:
+        sock.sendall(head.encode() + content)
+        while data := sock.recv(65536):
+            received += data
+    chunks, rest = [], received.partition(b"\r\n\r\n")[2]
+    while size := int(rest.partition(b"\r\n")[0], 16):
+        begin = rest.index(b"\r\n") + 2
+        chunks.append(rest[begin : begin + size])
+        rest = rest[begin + size + 2 :]
+    assert chunks[-1] == b"data: [DONE]\n\n"
+    num_events = b"".join(chunks).count(b"data: ")
+    assert num_events >= 8 * 16 and len(chunks) <= 16 + 8 + 3, "roles, steps, the end"

@@ -132,9 +132,9 @@ class ChatAnswer:
                         if self.prefix:
                             yield sse(self._chunk([delta_choice(index, {"content": self.prefix})]))
                 # One choice per chunk, because many clients read only choices[0].
-                for piece in pieces:
-                    for change in choices[piece.index].take(piece):
-                        yield sse(self._chunk([change]))
+                changes = (each for piece in pieces for each in choices[piece.index].take(piece))
+                if events := b"".join(sse(self._chunk([change])) for change in changes):
+                    yield events  # of one step: to send each by itself costs more than to make it
         options = self.body.stream_options
         if options is not None and options.include_usage:
             last = self._chunk([])

@@ -141,6 +141,7 @@ class CompletionAnswer:
             async for number, pieces in outputs:
                 if (number, 0) not in begun:
                     pieces = self._with_starts(pieces)
+                events = []
                 for piece in pieces:
                     key = (number, piece.index)
                     is_first = key not in begun
@@ -150,7 +151,9 @@ class CompletionAnswer:
                     chunk = self._completion([choice])
                     if wants_usage:
                         chunk["usage"] = self.usage() if continuous else None
-                    yield sse(chunk)
+                    events.append(sse(chunk))
+                if events:  # of one step: to send each by itself costs more than to make it
+                    yield b"".join(events)
         if wants_usage:
             last = self._completion([])
             last["usage"] = self.usage()
