@@ -155,6 +155,19 @@ def test_a_namespace_without_tools_is_named(server):
     assert [tool["type"] for tool in response.json()["tools"]] == ["function"]
 
 
+def test_tools_of_a_namespace_may_be_in_the_shape_of_chat(server, text_parts):
+    nested = {"type": "function", "function": {"name": "search", "parameters": PARAMETERS}}
+    ask(server, "hi", tools=[{**WEB, "tools": [nested, {"name": "find", "parameters": {}}]}])
+    prompt = prompt_of(server, text_parts)
+    assert f'"{NAME}"' in prompt and '"mcp__web__find"' in prompt
+
+
+def test_members_of_tools_that_servers_run_are_not_read(server):
+    hosted = {"type": "mcp", "name": 5, "tools": "x", "parameters": [], "strict": {}}
+    response = ask(server, "hi", tools=[SEARCH, hosted, {**WEB, "tools": [SEARCH, hosted]}])
+    assert response.headers["x-chunkllama-ignored-fields"] == "tools[1], tools[2].tools[1]"
+
+
 def test_a_schema_in_a_namespace_is_named_by_its_place(server):
     strict = {**SEARCH, "strict": True, "parameters": {**PARAMETERS, "not": {"required": ["z"]}}}
     body = {"model": MODEL, "input": "hi", "tools": [{**WEB, "tools": [strict]}],

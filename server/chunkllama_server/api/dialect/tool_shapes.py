@@ -77,6 +77,10 @@ def _nested_tool(tool: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str
 
 
 def _flat_tool(tool: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
+    held = tool.get("tools")
+    if tool.get("type") == "namespace" and isinstance(held, list):
+        flat = [_flat_tool(each)[0] if isinstance(each, dict) else each for each in held]
+        return {**tool, "tools": flat}, {}
     if not _is_function(tool):
         return tool, {}
     rest = {name: item for name, item in tool.items() if name not in ("function", "input_schema")}

@@ -15,6 +15,8 @@ from chunkllama_server.api.schema.base import (
 from chunkllama_server.api.schema.chat import Label, Name, ReasoningEffort, ServiceTier
 from chunkllama_server.api.schema.past import as_conversation, as_item, as_part
 
+_OWN_TYPES = frozenset(("function", "custom", "namespace"))  # of tools that the client runs
+
 
 class InputPart(RequestModel):
     """One part of a message item's content."""
@@ -128,10 +130,15 @@ class ResponseTool(RequestModel):
         "namespace__name, and calls have the namespace apart.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        """Read nothing but the type of a tool that is left out: its members are its own."""
+        kind = data.get("type") if isinstance(data, dict) else None
+        return {"type": kind} if isinstance(kind, str) and kind not in _OWN_TYPES else data
+
     def is_skipped(self) -> bool:
-        if self.type == "namespace":
-            return not self.tools
-        return self.type not in ("function", "custom")
+        return self.type not in _OWN_TYPES or (self.type == "namespace" and not self.tools)
 
 
 class ResponseToolChoice(RequestModel):
