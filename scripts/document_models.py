@@ -123,9 +123,10 @@ chunkllama verify --model path/to/model --json verify.json
 
 compares a model with transformers on this machine: tokenizer (ids, BOS, text, streamed text), the
 embeddings of all tokens, every stage of every layer in float32, and log-probabilities of each
-backend, number format and quantization (top-1 agreement, KL divergence, NLL). `--text FILE` takes your own text,
-`--quantizations auto,int8,int4` the storage of linear layers; `--backends cuda` needs a GPU. A
-GGUF file is read as the server reads it, and dequantized for transformers; of a decoder that
+backend, number format and quantization (top-1 agreement, KL divergence, NLL). `--text FILE` takes
+your own text, `--quantizations auto,int8,int4` the storage of linear layers; `--backends cuda`
+needs a GPU. A GGUF file is read as the server reads it, and dequantized for transformers; of a
+decoder that
 transformers runs there are no stages to compare. `--reference MODEL` compares with another model,
 such as the folder that a GGUF file was made from, or the unquantized original, from which a
 quantized folder differs by its rounding, where transformers lacks the library to read the latter.
