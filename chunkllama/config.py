@@ -298,7 +298,9 @@ class SchedulerConfig(ConfigGroup):
     max_step_seconds: float = limit(
         0.15, "seconds", "operator", "waits",
         "Prompts of a step are cut where it would take longer, since a first token waits for the "
-        "step in progress; eight steps of one token are allowed in any case. 0 is no bound.",
+        "step in progress; two thirds of it where several tenants have work. Eight steps of one "
+        "token are allowed in any case, and a size is tried until it has shown that it takes "
+        "longer. 0 is no bound.",
         ge=0, le=60,
     )  # fmt: skip
     max_scored_tokens: int = limit(

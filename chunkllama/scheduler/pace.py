@@ -24,8 +24,9 @@ Tenants with like loads are not heavy, and on a server with one tenant no tenant
 cost little, as on a GPU, the credit pays for all of them.
 
 A first token waits for the step in progress, and so does the next token of each stream. So the
-prompts of every step are cut where it would take longer than ``max_step_seconds``, or than
-``WEIGHTS_SHARE`` steps of one token, which mostly read the weights. Prompts in the background have
+prompts of every step are cut where it would take longer than ``max_step_seconds`` (where several
+tenants have work, than ``SEVERAL_SHARE`` of it), and than ``WEIGHTS_SHARE`` steps of one token,
+which mostly read the weights. Prompts in the background have
 ``BACKGROUND_SHARE`` of that time: they compute in the gaps, where the next first token waits for
 them.
 """
@@ -49,6 +50,7 @@ SHORT: Final = 32  # tokens that it reserves in any case, unless that is more th
 PATIENCE: Final = 4  # steps whose credit a tenant may save
 MOST_DEBT: Final = 12  # steps after which a debt is paid, however large it was
 WEIGHTS_SHARE: Final = 8  # steps of one token that a step with prompts may take in any case
+SEVERAL_SHARE: Final = 2 / 3  # of ``max_step_seconds``, where several tenants have work
 BACKGROUND_SHARE: Final = 0.5  # of those times, where all prompts are in the background
 _SPENT: Final = 0.8  # of the slowdown allowed; the rest is for what steps do not measure
 _NEW_STARTS: Final = 4  # a heavy tenant leaves 1 / _NEW_STARTS of its tokens to waiting requests
@@ -92,7 +94,8 @@ class Pace:
         self._slowdown = 1.0 + _SPENT * (limits.max_tenant_slowdown - 1.0)
         self._is_on = limits.policy == "fair" and limits.max_tenant_slowdown > 0
         self._clock = clock
-        self._times = StepTimes()
+        self._times = StepTimes()  # of steps in which no tenant is heavy
+        self._all_times = StepTimes()
         self._credits: dict[str, _Credit] = {}
         self._num_paced = 0
         self._started = 0.0
@@ -125,11 +128,10 @@ class Pace:
         self.lift()
         self._started = self._clock()
         self._budget = self._largest
-        if self._times.are_known:
-            if self._step_seconds:
-                self._cut_prompts()
-            if self._is_on and len(self._lifecycle.accounts.busy) > 1:
-                self._limit_heavy()
+        if self._step_seconds and self._all_times.are_known:
+            self._cut_prompts()
+        if self._is_on and self._times.are_known and len(self._lifecycle.accounts.busy) > 1:
+            self._limit_heavy()
         return min(self._budget, self._lifecycle.running.caps.tokens)
 
     def _cut_prompts(self) -> None:
@@ -141,11 +143,12 @@ class Pace:
         prompts, num_decodes = running.prompts, len(running.decodes)
         if num_decodes == len(running) and not len(self._lifecycle.waiting):
             return
-        seconds = max(self._step_seconds, WEIGHTS_SHARE * self._times.seconds(1))
+        share = SEVERAL_SHARE if len(self._lifecycle.accounts.busy) > 1 else 1.0
+        seconds = max(share * self._step_seconds, WEIGHTS_SHARE * self._all_times.seconds(1))
         least = num_decodes + min(SHORT, self._largest // SHORT_SHARE) + LEAST
         if prompts and self._is_in_gap(prompts):
             seconds, least = BACKGROUND_SHARE * seconds, num_decodes + LEAST
-        most = self._times.most(seconds, self._largest)
+        most = self._all_times.most(seconds, self._largest)
         self._budget = min(max(most, least), self._largest)
 
     def _is_in_gap(self, prompts: list[Sequence]) -> bool:
@@ -358,6 +361,7 @@ class Pace:
         if not (tokens or light) or (seconds := self._clock() - self._started) <= 0.0:
             return
         light += sum(tokens.values())
+        self._all_times.add(light, seconds)
         heavy = {
             tenant: count
             for tenant, count in tokens.items()

@@ -10,15 +10,15 @@ GUESS: Final = 0.05  # part of a step of one token that another one adds, until 
 LARGEST: Final = 3.0  # a time beyond this multiple of the usual one was disturbed
 _MIN_SAMPLES: Final = 3  # before a time counts as usual
 _MEASURED_EVERY: Final = 128  # paced steps after which the others' step is measured again
-_KEPT: Final = 1024  # steps after which a size that no step had is forgotten
+_KEPT: Final = 1024  # steps after which a size that no step had is doubted
 
 
 class _Octave:
     """Steps of between 2**k and 2**(k + 1) - 1 tokens.
 
     Attributes:
-        seconds, tokens: averages; of the first ``_MIN_SAMPLES`` steps, the fastest for its tokens,
-            because the others may have touched memory for the first time.
+        seconds, tokens: averages; before there are ``_MIN_SAMPLES`` steps, those of the fastest for
+            its tokens, because the others may have touched memory for the first time.
         at: number of the last step of that size.
     """
 
@@ -44,12 +44,16 @@ class _Octave:
             if is_faster or average.count == 1:
                 average.value = value
 
+    def doubt(self) -> None:
+        """Count the steps so far as one."""
+        self.seconds.count = self.tokens.count = 1
+
 
 class StepTimes:
-    """Seconds of steps in which no tenant is heavy (``pace.py``), by octaves of their tokens.
+    """Seconds of steps by octaves of their tokens.
 
-    A size that no step had for long is forgotten, so that it is tried again: its last step may
-    have been disturbed, and sizes that are estimated to take too long are not computed.
+    A size that no step had for long counts as measured once, so that it is tried again: its last
+    steps may have been disturbed, and sizes that take too long are not computed.
     """
 
     def __init__(self) -> None:
@@ -69,8 +73,9 @@ class StepTimes:
         octave.add(tokens, seconds)
         octave.at = self._num_steps
         if self._num_steps % _KEPT == 0:
-            least = self._num_steps - _KEPT
-            self._octaves = {key: each for key, each in self._octaves.items() if each.at > least}
+            for each in self._octaves.values():
+                if each.at <= self._num_steps - _KEPT:
+                    each.doubt()
 
     def seconds(self, tokens: int) -> float:
         """Estimate a step from those of like size, or else from the nearest size."""
@@ -83,34 +88,42 @@ class StepTimes:
     def most(self, seconds: float, budget: int) -> int:
         """Return the tokens, at most ``budget``, of a step that takes that long; at least 1.
 
-        Larger steps than measured ones are tried where nothing shows that they take too long.
+        Larger steps than measured ones are tried where nothing shows that they take too long, so
+        that up to ``_MIN_SAMPLES`` steps take up to ``LARGEST`` times as long, and one may take
+        longer.
         """
-        known = [self._octaves[key] for key in sorted(self._octaves)]
-        known = [octave for octave in known if octave.is_usual]
-        while budget > 1 and self._least_seconds(budget, known) > seconds:
+        while budget > 1 and self._least_seconds(budget) > seconds:
             budget = budget * 7 // 8
         return budget
 
-    def _least_seconds(self, tokens: int, known: list[_Octave]) -> float:
-        """Estimate a step by the usual octaves alone, given by size.
+    def _least_seconds(self, tokens: int) -> float:
+        """Estimate a step, rather too short than too long where no step of that size is usual.
 
-        A size that is not among them is on the line through the smallest and the largest; a
-        single octave shows only that larger steps do not take less.
+        It is on the line through the smallest and the largest usual octave. If there is one at
+        most, larger steps than its own take no less, and smaller steps than measured ones at least
+        their part.
         """
-        own = self._octaves.get(tokens.bit_length())
+        key = tokens.bit_length()
+        own = self._octaves.get(key)
         if own is not None and own.is_usual:
             return _scaled(own, tokens)
-        below = [octave for octave in known if octave.tokens.value <= tokens]
-        if not below:
-            return _scaled(known[0], tokens) if known else 0.0
-        first, last, nearest = known[0], known[-1], below[-1]
-        if first is last:
-            return nearest.seconds.value
-        slope = (last.seconds.value - first.seconds.value) / (
-            last.tokens.value - first.tokens.value
-        )
-        more = tokens - nearest.tokens.value
-        return nearest.seconds.value + max(slope, 0.0) * more
+        usual = [self._octaves[each] for each in sorted(self._octaves)]
+        usual = [octave for octave in usual if octave.is_usual]
+        below = [octave for octave in usual if octave.tokens.value <= tokens]
+        if len(usual) > 1:
+            first, last = usual[0], usual[-1]
+            nearest = below[-1] if below else first
+            more = tokens - nearest.tokens.value
+            slope = (last.seconds.value - first.seconds.value) / (
+                last.tokens.value - first.tokens.value
+            )
+            return nearest.seconds.value + max(slope, 0.0) * more
+        least = below[-1].seconds.value if below else 0.0
+        for each, octave in self._octaves.items():
+            if each >= key:
+                part = octave.seconds.value * min(tokens / octave.tokens.value, 1.0)
+                least = max(least, part if octave.is_usual else part / LARGEST)
+        return least
 
     def is_due(self, tokens: int, at: int) -> bool:
         """Tell whether a step of that size should be measured now; ``at`` counts paced steps."""

@@ -361,6 +361,26 @@ def test_another_tenants_followers_wait_for_no_limit() -> None:
     assert sum("b" in tokens for tokens in steps.tokens) > 0  # it would wait for 478 steps
 
 
+def test_steps_of_a_limited_tenant_are_cut_too() -> None:
+    """It computes a prefix that another tenant waits for, which no credit limits."""
+    steps = Steps(
+        StepCost(step=0.012, token=0.0017),
+        max_num_batched_tokens=1024,
+        max_step_seconds=0.1,
+        max_tenant_slowdown=1.5,
+    )
+    steps.add("t0", 3)
+    steps.run(20)
+    prefix = [steps.random.randrange(1000) for _ in range(5001)]
+    for tenant in ("b", "a"):
+        steps.engine.add([*prefix, len(tenant)], 4, tenant=tenant, namespace="shared")
+        steps.run(2)
+    steps.run(40)
+    assert sum(seconds > 0.13 for seconds in steps.seconds) == 4, "they show the cost"
+    assert sum(seconds > 0.32 for seconds in steps.seconds) == 1
+    assert max(sum(tokens.values()) for tokens in steps.tokens[24:]) > 40
+
+
 def test_new_requests_of_a_limited_tenant_start() -> None:
     """They have a quarter of its tokens, while its older ones decode."""
     steps = beside_one_stream(1.5)
