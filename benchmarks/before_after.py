@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--output", type=Path, default=RESULTS / "before-after.json")
     arguments = parser.parse_args()
+    output = arguments.output
+    runs = json.loads(output.read_text())["runs"] if output.exists() else []
     checkouts = {"before": arguments.before.resolve(), "after": arguments.after.resolve()}
     rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
@@ -145,8 +147,7 @@ def main() -> None:
         "median_ratio": {name: round(statistics.median(v), 4) for name, v in ratios.items()},
         "rates": rates,
     }
-    runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else []
-    arguments.output.write_text(json.dumps({"runs": [*runs, report]}, indent=1) + "\n")
+    output.write_text(json.dumps({"runs": [*runs, report]}, indent=1) + "\n")
 
 
 def commit(checkout: Path) -> str:
