@@ -69,6 +69,7 @@ class StepSampler:
             if piece.num_drafts:
                 states[piece.slot].drafts = piece.token_ids[-piece.num_drafts :].tolist()
         if all(takes_best(states[slot].sampling) for slot in asked):
+            self._masks.start(())  # nothing that an earlier step began is waited for
             return
         for slot in asked:
             _settle_matcher(states[slot])
