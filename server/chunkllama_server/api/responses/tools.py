@@ -272,7 +272,7 @@ def chat_tool_choice(choice: ResponseToolChoice, tools: Sequence[OfferedTool]) -
     if choice.type in ("function", "custom"):
         if choice.name is None:
             raise invalid("A function choice needs a name", "tool_choice.name")
-        name = names.find(choice.name, choice.namespace, "tool_choice")
+        name = names.find(choice.name, choice.namespace, "tool_choice.name")
         return NamedToolChoice(type="function", function=NamedFunction(name=name))
     if choice.tools is None:
         raise invalid("allowed_tools needs tools", "tool_choice.tools")
@@ -280,12 +280,10 @@ def chat_tool_choice(choice: ResponseToolChoice, tools: Sequence[OfferedTool]) -
         {
             "type": "function",
             "function": {
-                "name": names.find(
-                    tool.get("name"), tool.get("namespace"), f"tool_choice.tools[{index}]"
-                )
+                "name": names.find(tool.get("name"), tool.get("namespace"), "tool_choice.tools")
             },
         }
-        for index, tool in enumerate(choice.tools)
+        for tool in choice.tools
     ]
     allowed = AllowedTools(mode=choice.mode or "auto", tools=found)
     return NamedToolChoice(type="allowed_tools", allowed_tools=allowed)
@@ -310,7 +308,7 @@ class _Names:
             return name
         if namespace is not None:
             if not isinstance(namespace, str):
-                raise invalid("The namespace is the name of one", f"{path}.namespace")
+                raise invalid(f"The namespace of {name[:100]!r} is a text", path)
             return function_name(namespace, name)
         found = self._by_own.get(name, [])
         if name in self._whole or not found:
@@ -319,6 +317,6 @@ class _Names:
             raise invalid(
                 f"Several namespaces have {name[:100]!r}; name one as namespace, or the tool as "
                 f"{found[0]}",
-                f"{path}.name",
+                path,
             )
         return found[0]
