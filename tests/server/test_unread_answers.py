@@ -110,7 +110,7 @@ def test_a_large_event_that_is_read_slowly_makes_progress() -> None:
 def packed(events: list[bytes]) -> PackedResponse:
     recorder = EventRecorder()
     recorder.add(events)
-    return PackedResponse(b"{}", b"", b"", recorder.packed())
+    return PackedResponse(b"{}", b"", b"", b"", recorder.packed())
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [9] * 3000, [3_000_000], [70_000, 1, 200_000, 65_536]])

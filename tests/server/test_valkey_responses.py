@@ -164,6 +164,33 @@ def test_responses_expire_and_large_ones_are_left_out(url) -> None:
     run(url, scenario, max_bytes=1000, seconds=5.0)
 
 
+@pytest.mark.parametrize("field", ["messages", "input_items", "response", "checksum", None])
+def test_what_cannot_be_read_is_absent(start_server, url, field) -> None:
+    """Entries of an earlier format, and damaged ones."""
+    server = start_server(responses=ValkeyResponses(url, 1 << 20, 60.0))
+    made = server.post(PATH, {"model": MODEL, "input": "say(a)yas"}).json()
+
+    async def damage(store: ValkeyResponses) -> None:
+        (key,) = await store._valkey.keys(f"*:response:*{made['id']}")
+        if field is None:
+            earlier = key.replace(b"chunkllama:2:", b"chunkllama:")
+            fields = {"response": "{}", "messages": "[]", "input_items": "[]", "events": ""}
+            await store._valkey.delete(key)
+            await store._valkey.hset(earlier, mapping=fields)
+        else:
+            await store._valkey.hset(key, field, "[]")
+
+    run(url, damage)
+    with server.http() as http:
+        assert http.get(f"{PATH}/{made['id']}").status_code == 404
+        assert http.get(f"{PATH}/{made['id']}/input_items").status_code == 404
+    followed = {"model": MODEL, "input": "x", "previous_response_id": made["id"]}
+    assert server.post(PATH, followed).status_code == 404
+    reference = {"type": "item_reference", "id": made["output"][0]["id"]}
+    refused = server.post(PATH, {"model": MODEL, "input": [reference]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[0]")
+
+
 def test_a_store_that_is_gone_fails_reads_with_503_and_no_answer(start_server) -> None:
     port = free_port()
     process = start_redis(port)

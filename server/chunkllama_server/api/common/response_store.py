@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class StoredResponse:
 
     Attributes:
         input_items: what the request sent, as items with ids, oldest first.
+        tools: that items of the conversation offer, as the request's reader keeps them.
         events: the server-sent events of its stream, as ``EventRecorder`` packs them; left out
             of what the store returns.
     """
@@ -30,6 +31,7 @@ class StoredResponse:
     response: Response
     messages: list[ChatMessage]
     input_items: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
     events: bytes = b""
 
     def item_ids(self) -> Iterator[str]:
@@ -54,7 +56,14 @@ def response_of(item_id: str) -> str | None:
 class _Output(msgspec.Struct):
     """The part of a response that item references lead to; the rest is not decoded."""
 
-    output: list[dict[str, Any]]
+    output: list[msgspec.Raw]
+
+
+class _Head(msgspec.Struct):
+    """The members of an item by which it is found."""
+
+    id: str
+    type: str
 
 
 _MESSAGES = TypeAdapter(list[ChatMessage])
@@ -68,6 +77,8 @@ _SIZE_BYTES = 8
 _EVENT_END = b"\n\n"
 _UNPACKED_BYTES = 1 << 16  # at a time
 _decode_output = msgspec.json.Decoder(_Output).decode
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_head = msgspec.json.Decoder(_Head).decode
 
 
 class EventRecorder:
@@ -107,6 +118,7 @@ class PackedResponse:
     response: bytes
     messages: bytes  # this and what follows is compressed
     input_items: bytes
+    tools: bytes
     events: bytes
 
     @classmethod
@@ -116,32 +128,51 @@ class PackedResponse:
             msgspec.json.encode(stored.response),
             _packed(_MESSAGES.dump_json(stored.messages, by_alias=True, exclude_unset=True)),
             _packed(msgspec.json.encode(stored.input_items)),
+            _packed(msgspec.json.encode(stored.tools)),
             stored.events,
         )
 
     @property
     def text_bytes(self) -> int:
-        """Bytes that are decoded to read its items and messages."""
-        return len(self.response) + _size(self.messages) + _size(self.input_items)
+        """Bytes of all that is decoded of it."""
+        return self.items_bytes + self.conversation_bytes
+
+    @property
+    def items_bytes(self) -> int:
+        """Bytes that are decoded to find an item of its input or output."""
+        return len(self.response) + _size(self.input_items)
+
+    @property
+    def conversation_bytes(self) -> int:
+        """Bytes that are decoded to continue its conversation."""
+        return _size(self.messages) + _size(self.tools)
 
     @property
     def num_bytes(self) -> int:
-        return sum(map(len, (self.response, self.messages, self.input_items, self.events)))
+        parts = (self.response, self.messages, self.input_items, self.tools, self.events)
+        return sum(map(len, parts))
 
     def load(self) -> StoredResponse:
         return StoredResponse(
             msgspec.json.decode(self.response),
             self.load_messages(),
             self.load_input_items(),
+            self.load_tools(),
         )
 
     def load_messages(self) -> list[ChatMessage]:
         return _MESSAGES.validate_json(_unpacked(self.messages))
 
-    def load_items(self) -> list[dict[str, Any]]:
-        """The items that references lead to: of the input, and of the output."""
-        items = [*self.load_input_items(), *_decode_output(self.response).output]
-        return [item for item in items if item["type"] != _REFERENCE]
+    def load_tools(self) -> list[dict[str, Any]]:
+        tools: list[dict[str, Any]] = msgspec.json.decode(_unpacked(self.tools))
+        return tools
+
+    def find_items(self, item_ids: Collection[str]) -> dict[str, bytes]:
+        """Return the JSON texts of items by their ids; the input is read for what no output is."""
+        found = _found(_decode_output(self.response).output, item_ids)
+        if len(found) < len(item_ids):
+            found = _found(_decode_items(_unpacked(self.input_items)), item_ids) | found
+        return found
 
     def load_response(self) -> Response:
         response: Response = msgspec.json.decode(self.response)
@@ -166,6 +197,16 @@ class PackedResponse:
                 del text[:end]
                 looked = 0
             looked = max(len(text) - len(_EVENT_END) + 1, 0)
+
+
+def _found(items: list[msgspec.Raw], item_ids: Collection[str]) -> dict[str, bytes]:
+    """The items with these ids, copied: each is a view of the text of all."""
+    heads = ((item, _decode_head(item)) for item in items)
+    return {
+        head.id: bytes(item)
+        for item, head in heads
+        if head.id in item_ids and head.type != _REFERENCE
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +280,7 @@ class ResponseStore:
         max_items: int | None = None,
         packed: PackedResponse | None = None,
     ) -> None:
-        """Store a response, unless it is larger than the whole store.
+        """Store a response, unless it is larger than the whole store, compressed or not.
 
         Args:
             max_items: of this tenant; None is no limit of its own.
@@ -249,7 +290,7 @@ class ResponseStore:
         item_ids = tuple(stored.item_ids())
         num_bytes = packed.num_bytes + _OVERHEAD_BYTES + _ITEM_BYTES * len(item_ids)
         self._drop_expired()
-        if num_bytes > self._max_bytes:
+        if max(num_bytes, packed.text_bytes) > self._max_bytes:
             return
         response_id = stored.response["id"]
         self._remove(tenant, response_id)

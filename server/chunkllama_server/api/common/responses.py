@@ -114,14 +114,31 @@ class Responses:
         packed = await self._backend.get(tenant, response_id)
         return None if packed is None else packed.load_input_items()
 
-    async def holders(self, tenant: str, item_ids: Iterable[str]) -> list[PackedResponse]:
-        """Return the tenant's stored responses that the items are in, each once."""
+    async def holders(
+        self, tenant: str, item_ids: Iterable[str], max_bytes: int
+    ) -> list[tuple[PackedResponse, list[str]]] | None:
+        """Return the tenant's stored responses that the items are in, each with its items' ids.
+
+        Args:
+            max_bytes: that are decoded to find the items; None is returned beyond.
+        """
         asked = [*dict.fromkeys(item_ids)]
         if not asked:
             return []
-        ids = dict.fromkeys(await self._backend.with_items(tenant, asked))
-        found = [await self._backend.get(tenant, each) for each in ids if each is not None]
-        return [packed for packed in found if packed is not None]
+        held: dict[str, list[str]] = {}
+        for item_id, each in zip(asked, await self._backend.with_items(tenant, asked), strict=True):
+            if each is not None:
+                held.setdefault(each, []).append(item_id)
+        found = []
+        for response_id, ids in held.items():
+            packed = await self._backend.get(tenant, response_id)
+            if packed is None:
+                continue
+            max_bytes -= max(packed.items_bytes, packed.num_bytes)
+            if max_bytes < 0:
+                return None
+            found.append((packed, ids))
+        return found
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Delete a response; returns False when there is none."""

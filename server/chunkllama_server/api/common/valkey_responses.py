@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+import zlib
+from collections.abc import Awaitable, Iterable
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -24,7 +26,9 @@ logger = init_logger(__name__)
 
 T = TypeVar("T")
 _SECONDS: Final = 5.0  # for one command
-_FIELDS: Final = ("response", "messages", "input_items", "events")
+_FIELDS: Final = ("response", "messages", "input_items", "tools", "events")
+_CHECKSUM: Final = "checksum"
+_FORMAT: Final = 2  # of what is stored; servers of another format do not see it
 
 
 class ValkeyResponses:
@@ -80,7 +84,7 @@ class ValkeyResponses:
     async def put(self, tenant: str, stored: StoredResponse, max_items: int | None) -> None:
         """Store a response. One that cannot be stored is left out, with a warning."""
         packed = await asyncio.to_thread(PackedResponse.of, stored)
-        if packed.num_bytes > self._max_bytes:
+        if max(packed.num_bytes, packed.text_bytes) > self._max_bytes:
             return
         try:
             await self._put(tenant, stored, packed, max_items)
@@ -93,7 +97,8 @@ class ValkeyResponses:
         response_id, now = stored.response["id"], time.time()
         key, ids = _key("response", tenant, response_id), _key("ids", tenant)
         async with self._valkey.pipeline(transaction=True) as commands:
-            commands.hset(key, mapping={name: getattr(packed, name) for name in _FIELDS})
+            parts = {name: getattr(packed, name) for name in _FIELDS}
+            commands.hset(key, mapping={**parts, _CHECKSUM: _checksum(parts.values())})
             commands.pexpire(key, self._milliseconds)
             for item_id in stored.item_ids():
                 commands.set(_key("item", tenant, item_id), response_id, px=self._milliseconds)
@@ -108,17 +113,18 @@ class ValkeyResponses:
                     await self._valkey.delete(_key("response", tenant, oldest.decode()))
 
     async def get(self, tenant: str, response_id: str) -> PackedResponse | None:
-        """Return a stored response of this tenant.
+        """Return a stored response of this tenant; what this server has not written is none.
 
         Raises:
             ApiError: 503 when valkey does not answer.
         """
         key = _key("response", tenant, response_id)
-        found = await self._ask(_awaited(self._valkey.hmget(key, [*_FIELDS])))
-        parts = cast("list[bytes | None]", found)
-        if any(part is None for part in parts):
+        found = await self._ask(_awaited(self._valkey.hmget(key, [*_FIELDS, _CHECKSUM])))
+        *parts, checksum = cast("list[bytes | None]", found)
+        given = [part for part in parts if part is not None]
+        if len(given) < len(parts) or checksum != _checksum(given):
             return None
-        return PackedResponse(*cast("list[bytes]", parts))
+        return PackedResponse(*given)
 
     async def with_items(self, tenant: str, item_ids: list[str]) -> list[str | None]:
         """Return the id of the tenant's stored response that has each item, None for none.
@@ -171,7 +177,12 @@ class ValkeyResponses:
 
 def _key(kind: str, tenant: str, name: str = "") -> str:
     """Return a key; the length tells where the tenant's name ends."""
-    return f"chunkllama:{kind}:{len(tenant)}:{tenant}:{name}"
+    return f"chunkllama:{_FORMAT}:{kind}:{len(tenant)}:{tenant}:{name}"
+
+
+def _checksum(parts: Iterable[bytes]) -> bytes:
+    """Return what tells an entry that can be read from one that is damaged."""
+    return b"%d" % reduce(lambda so_far, part: zlib.crc32(part, so_far), parts, 0)
 
 
 def _line(error: Exception) -> str:

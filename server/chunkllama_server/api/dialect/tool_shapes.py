@@ -150,7 +150,9 @@ def _allowed(value: dict[str, Any], *, nests: bool) -> Shaped:
             tools.append(tool)
         else:
             function = {"name": named}
-            tools.append({"type": "function", **({"function": function} if nests else function)})
+            space = {} if tool.get("namespace") is None else {"namespace": tool["namespace"]}
+            members = {"function": function} if nests else {**function, **space}
+            tools.append({"type": "function", **members})
     mode = held.get("mode", "auto")
     if ignored and not tools:
         if mode == "required":

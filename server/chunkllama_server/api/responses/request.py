@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from chunkllama_server.api.common.context import ServerContext
-from chunkllama_server.api.common.response_store import PackedResponse
+from chunkllama_server.api.responses.followed import Followed
 from chunkllama_server.api.responses.items import compacted_text
 from chunkllama_server.api.responses.tools import (
     ADDITIONAL_TOOLS,
+    OfferedTool,
+    ToolReader,
     chat_tool_choice,
     chat_tools,
     function_name,
-    offered_tools,
-    unread_tools,
 )
 from chunkllama_server.api.schema.base import SamplingFields
 from chunkllama_server.api.schema.chat import (
@@ -35,19 +35,41 @@ from chunkllama_server.api.schema.responses import (
     ResponseRequest,
     ResponseToolChoice,
 )
-from chunkllama_server.transport.errors import ApiError, invalid
+from chunkllama_server.transport.errors import invalid
 
 LOGPROBS = "message.output_text.logprobs"
 FindItem = Callable[[str], Mapping[str, Any] | None]
 
 
-class _InputReader:
-    """Turns input items into chat messages; consecutive calls are one assistant message."""
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """What a request amounts to.
 
-    def __init__(self, find_item: FindItem) -> None:
+    Attributes:
+        conversation: the messages without the instructions.
+        tools: that the model may call.
+        kept_tools: those of the conversation's items, for what continues it.
+    """
+
+    chat: ChatCompletionRequest
+    conversation: list[ChatMessage]
+    tools: list[OfferedTool]
+    kept_tools: list[dict[str, Any]]
+
+
+class _InputReader:
+    """Turns input items into chat messages; consecutive calls are one assistant message.
+
+    Args:
+        find_item: a stored item by its id, for item references.
+        tools: takes what items offer.
+    """
+
+    def __init__(self, find_item: FindItem, tools: ToolReader) -> None:
         self.messages: list[ChatMessage] = []
         self.repairs: list[str] = []
         self._find_item = find_item
+        self._tools = tools
         self._reasoning = ""
 
     def read(self, item: InputItem, path: str) -> None:
@@ -65,7 +87,7 @@ class _InputReader:
         elif kind.endswith("_call_output"):
             self._add_output(item, kind, path)
         elif kind == ADDITIONAL_TOOLS:
-            if unread_tools(item):
+            if not self._tools.add(item.tools, f"{path}.tools"):
                 self.repairs.append(f"{path}.tools")
         else:
             self.repairs.append(path)
@@ -163,19 +185,10 @@ def _chat_part(part: InputPart) -> ContentPart:
     )
 
 
-def referenced_items(given: str | list[InputItem] | None) -> list[str]:
-    """Ids of the stored output items that the input refers to."""
-    items = given if isinstance(given, list) else []
-    return [item.id for item in items if item.type == "item_reference" and item.id is not None]
-
-
-def input_messages(
-    given: str | list[InputItem] | None, find_item: FindItem = lambda _: None
+def _input_messages(
+    given: str | list[InputItem] | None, find_item: FindItem, tools: ToolReader
 ) -> tuple[list[ChatMessage], list[str]]:
     """Chat messages of the input, and the paths of items that were left out or repaired.
-
-    Args:
-        find_item: a stored output item by its id, for item references.
 
     Raises:
         ApiError: 400 for a message without role or content, or a reference to no stored item.
@@ -184,42 +197,10 @@ def input_messages(
         return [], []
     if isinstance(given, str):
         return [ChatMessage(role="user", content=given).from_path("input")], []
-    reader = _InputReader(find_item)
+    reader = _InputReader(find_item, tools)
     for index, item in enumerate(given):
         reader.read(item, f"input[{index}]")
     return reader.messages, reader.repairs
-
-
-async def previous_response(
-    body: ResponseRequest, context: ServerContext, tenant: str
-) -> PackedResponse | None:
-    """The response that this one follows, if it follows one.
-
-    Raises:
-        ApiError: 404 when it is not, or no longer, stored; 400 while it is running.
-    """
-    previous = body.previous_response_id
-    if not previous:
-        return None
-    if context.background.get(tenant, previous) is not None:
-        raise invalid(
-            f"Response {previous!r} is still running", "previous_response_id", "response_running"
-        )
-    stored = await context.responses.get(tenant, previous)
-    if stored is None:
-        raise ApiError(
-            404,
-            f"Response {previous!r} is not stored (any more)",
-            "previous_response_id",
-            "response_not_found",
-        )
-    return stored
-
-
-def previous_messages(previous: PackedResponse | None) -> list[ChatMessage]:
-    """The conversation of the response that is followed."""
-    messages = [] if previous is None else previous.load_messages()
-    return [message.from_path("previous_response_id") for message in messages]
 
 
 def _response_format(body: ResponseRequest) -> ResponseFormat | None:
@@ -234,16 +215,11 @@ def _response_format(body: ResponseRequest) -> ResponseFormat | None:
     return ResponseFormat(type="json_schema", json_schema=schema)
 
 
-def as_chat(
-    body: ResponseRequest, history: list[ChatMessage], find_item: FindItem = lambda _: None
-) -> ChatCompletionRequest:
-    """The chat completion that answers this request after ``history``.
-
-    Args:
-        find_item: a stored output item by its id, for item references.
+def read_request(body: ResponseRequest, followed: Followed) -> ReadRequest:
+    """The chat completion that answers a request after what it follows.
 
     Raises:
-        ApiError: 400 naming the field.
+        ApiError: 400 naming the field; 413 for too much that it refers to.
     """
     if body.background and body.store is False:
         raise invalid("A background response is read from the store; leave store out", "background")
@@ -251,11 +227,13 @@ def as_chat(
     if body.instructions is not None:
         instructions = ChatMessage(role="system", content=body.instructions)
         system = [instructions.from_path("instructions")]
-    given, repairs = input_messages(body.input, find_item)
-    messages = [*system, *history, *given]
+    offered = ToolReader(body.tools or (), followed.tools())
+    given, repairs = _input_messages(body.input, followed.items().find, offered)
+    conversation = [*followed.messages(), *given]
+    messages = [*system, *conversation]
     if not messages:
         raise invalid("The input has no message", "input")
-    tools = offered_tools(body)
+    tools = offered.offered()
     choice: Any = body.tool_choice
     if isinstance(choice, ResponseToolChoice):
         choice = chat_tool_choice(choice, tools)
@@ -281,4 +259,4 @@ def as_chat(
         chat_template_kwargs=body.chat_template_kwargs,
     )
     chat.repairs.extend(repairs)
-    return chat
+    return ReadRequest(chat, conversation, tools, offered.kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -15,7 +15,7 @@ from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.logprobs import LogprobFormatter
 from chunkllama_server.api.common.response_store import EventRecorder
 from chunkllama_server.api.responses.event_stream import EventStream
-from chunkllama_server.api.responses.tools import offered_tools
+from chunkllama_server.api.responses.tools import OfferedTool
 from chunkllama_server.api.schema.chat_response import ChatTokenLogprob
 from chunkllama_server.api.schema.response_object import Response, ResponseError
 from chunkllama_server.api.schema.responses import ResponseRequest
@@ -39,6 +39,7 @@ class ResponseAnswer:
     """What the response object and its events have in common.
 
     Attributes:
+        offered: the tools that the model may call.
         beside: does what takes long in a thread.
         on_ended: stores the response.
     """
@@ -46,6 +47,7 @@ class ResponseAnswer:
     body: ResponseRequest
     generation: Generation
     tools: ToolConfig
+    offered: Sequence[OfferedTool]
     formatter: LogprobFormatter
     wants_logprobs: bool
     beside: Beside
@@ -57,7 +59,7 @@ class ResponseAnswer:
     _has_begun: bool = False
 
     def __post_init__(self) -> None:
-        tools = {tool.name: tool for tool in offered_tools(self.body)}
+        tools = {tool.name: tool for tool in self.offered}
         self._recorder = EventRecorder() if self.body.store is not False else None
         self._stream = EventStream(self.tools.parser(), tools, self.logprobs)
         self._echoed = self.body.model_dump(include=_ECHOED, exclude_none=True, by_alias=True)

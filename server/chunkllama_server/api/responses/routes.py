@@ -17,16 +17,12 @@ from chunkllama_server.api.common.response_store import StoredResponse
 from chunkllama_server.api.common.responses import replay
 from chunkllama_server.api.dialect.route import DialectRoute
 from chunkllama_server.api.openapi import answers, refusals
+from chunkllama_server.api.responses.followed import followed
 from chunkllama_server.api.responses.items import assistant_message, compaction, input_items
-from chunkllama_server.api.responses.request import (
-    as_chat,
-    previous_messages,
-    previous_response,
-    referenced_items,
-)
+from chunkllama_server.api.responses.request import ReadRequest, read_request
 from chunkllama_server.api.responses.response import OnEnded, ResponseAnswer
-from chunkllama_server.api.responses.tools import offered_tools, tool_paths
-from chunkllama_server.api.schema.chat import ChatCompletionRequest, ChatMessage
+from chunkllama_server.api.responses.tools import tool_paths
+from chunkllama_server.api.schema.chat import ChatMessage
 from chunkllama_server.api.schema.response_object import (
     CompactedResponse,
     DeletedResponse,
@@ -60,36 +56,28 @@ _PARAM_NAMES = {
 
 async def prepare(
     body: ResponseRequest, context: ServerContext, info: RequestInfo
-) -> tuple[PreparedChat, list[ChatMessage]]:
-    """Translate and tokenize a request; also returns its messages without the instructions.
+) -> tuple[PreparedChat, ReadRequest]:
+    """Translate and tokenize a request.
 
     Raises:
-        ApiError: 400 naming the field, 404 for a previous response that is not stored.
+        ApiError: 400 naming the field, 404 for a previous response that is not stored, 413 for a
+            request that follows more than it may.
     """
-    chat = await _as_chat(body, context, info)
-    conversation = chat.messages[chat.messages[0].origin == "instructions" :]
-    return await prepare_chat(chat, context, info), conversation
+    read = await _read(body, context, info)
+    return await prepare_chat(read.chat, context, info), read
 
 
-async def _as_chat(
-    body: ResponseRequest, context: ServerContext, info: RequestInfo
-) -> ChatCompletionRequest:
-    """The chat completion of a request and of what it follows.
+async def _read(body: ResponseRequest, context: ServerContext, info: RequestInfo) -> ReadRequest:
+    """Read a request and what it follows.
 
     Raises:
         ApiError: as ``prepare``.
     """
-    previous = await previous_response(body, context, info.tenant)
-    holders = await context.responses.holders(info.tenant, referenced_items(body.input))
-    stored = [*holders, *([] if previous is None else [previous])]
-    info.body_bytes += sum(each.text_bytes for each in stored)
-
-    def make() -> ChatCompletionRequest:
-        items = {item["id"]: item for each in holders for item in each.load_items()}
-        info.spelled.update(tool_paths(body, info.spelled))
-        return as_chat(body, previous_messages(previous), items.get)
-
-    return await context.prepare(info, make)
+    found = await followed(body, context, info.tenant)
+    info.body_bytes += found.num_bytes
+    read = await context.prepare(info, lambda: read_request(body, found))
+    info.spelled.update(tool_paths(read.tools, info.spelled))
+    return read
 
 
 def rename_param(error: ApiError) -> ApiError:
@@ -102,6 +90,7 @@ def rename_param(error: ApiError) -> ApiError:
 def _answer(
     body: ResponseRequest,
     prepared: PreparedChat,
+    read: ReadRequest,
     generation: Generation,
     context: ServerContext,
     on_ended: OnEnded,
@@ -110,6 +99,7 @@ def _answer(
         body=body,
         generation=generation,
         tools=prepared.tools,
+        offered=read.tools,
         formatter=LogprobFormatter(context.text.tokenizer, as_token_ids=False),
         wants_logprobs=bool(prepared.body.logprobs),
         beside=context.text.write,
@@ -128,7 +118,7 @@ async def create_response(
         context.background.check_room(info.tenant)
     response_id = f"resp_{uuid.uuid4().hex}"
     try:
-        prepared, conversation = await prepare(body, context, info)
+        prepared, read = await prepare(body, context, info)
         generation = await prepared.generation(
             info, response_id, {"prompt": "input", "max_tokens": "max_output_tokens"}
         )
@@ -138,12 +128,12 @@ async def create_response(
 
     async def keep(response: Response, events: bytes) -> None:
         if body.store is not False and (body.background or response["status"] != "failed"):
-            messages = [*conversation, assistant_message(response["output"])]
+            messages = [*read.conversation, assistant_message(response["output"])]
             most = context.tenants.quotas(info.tenant).stored_responses
-            stored = StoredResponse(response, messages, items, events)
+            stored = StoredResponse(response, messages, items, read.kept_tools, events)
             await context.responses.put(info.tenant, stored, most)
 
-    answer = _answer(body, prepared, generation, context, keep)
+    answer = _answer(body, prepared, read, generation, context, keep)
     events = answer.events()
     if body.background:
         running = RunningResponse(answer.snapshot, answer.cancelled, info.charge.settle)
@@ -181,11 +171,13 @@ async def compact_response(
 ) -> HttpResponse:
     """Summarise a conversation in one item that stands for it as the input of a later response."""
     info = await context.admit(body, request)
-    body.tool_choice = "none" if offered_tools(body) else None
+    body.tool_choice = None  # a summary calls none
     if body.parallel is not None:
         raise invalid("A summary has no branches; leave parallel out", "parallel")
     try:
-        chat = await _as_chat(body, context, info)
+        read = await _read(body, context, info)
+        chat = read.chat
+        chat.tool_choice = "none" if read.tools else None
         conversation = list(chat.messages)
         chat.messages.append(ChatMessage(role="user", content=_SUMMARISE))
         prepared = await prepare_chat(chat, context, info)
@@ -197,7 +189,7 @@ async def compact_response(
         generation = await prepared.stream(info, compaction_id, names)
     except ApiError as error:
         raise rename_param(error) from None
-    answer = _answer(body, prepared, generation, context, _forget)
+    answer = _answer(body, prepared, read, generation, context, _forget)
     pieces = await unless_disconnected(request, generation.collect())
     compacted: CompactedResponse = {
         "id": compaction_id,

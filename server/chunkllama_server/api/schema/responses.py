@@ -63,7 +63,9 @@ class InputItem(RequestModel):
     name: str | None = Field(default=None, description="Honoured for a function call.")
     namespace: str | None = Field(default=None, description="Honoured for a call: of its tool.")
     tools: Any = Field(
-        default=None, description="Honoured for additional_tools: offered beside those of the body."
+        default=None,
+        description="Honoured for additional_tools: offered beside those of the body, also in what "
+        "continues the conversation. Those that cannot be offered are left out and named.",
     )
     arguments: Any = Field(default=None, description="Honoured for a function call.")
     input: Any = Field(default=None, description="Honoured for a custom tool's call.")
@@ -146,13 +148,17 @@ class ResponseToolChoice(RequestModel):
 
     type: Literal["function", "custom", "allowed_tools"] = Field(description="Honoured.")
     name: Name | None = Field(default=None, description="Honoured.")
+    namespace: str | None = Field(
+        default=None,
+        description="Honoured: of the tool. Needed where several namespaces have the name.",
+    )
     mode: Literal["auto", "required"] | None = Field(default=None, description="Honoured.")
     tools: list[dict[str, Any]] | None = Field(
         default=None,
         min_length=1,
         max_length=128,
         fail_fast=True,
-        description="Honoured: functions by name.",
+        description="Honoured: functions by name, and namespace.",
     )
 
 
