@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
+from chunkllama_server.api.dialect.row import GENERATE, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE
 from chunkllama_server.api.schema.table import field_tables
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "http.md"
@@ -30,8 +31,8 @@ In any mode, values are accepted in these shapes:
   endpoints. `tool_choice`: also `"any"`, `{{"type": "any"}}`, `{{"type": "tool", "name"}}`, and the
   shape of the other endpoint.
 - `logit_bias`: also a list of `[token id, bias]`.
-- `logprobs`: in chat also a number, which is that of `top_logprobs`; in text completions also
-  true or false.
+- `logprobs`: in chat also a number: 0 is false, 1 is true, and a higher one is true with so many
+  `top_logprobs`; in text completions also true or false.
 - `reasoning_effort`: in any case; `auto` and `default` leave it to the model, `off` and
   `disabled` are `none`. `service_tier`: `standard`, `standard_only` and `on_demand` are `default`.
 - `metadata`: a value that is no text is its JSON text. `truncate_prompt_tokens: -1` cuts nothing.

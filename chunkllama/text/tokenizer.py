@@ -187,7 +187,10 @@ def encode_ids(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: 
         if not _is_panic(error):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InvalidRequestError(f"the model's tokenizer fails at this text: {reason}") from None
+        raise InvalidRequestError(
+            f"tokenizer.json of the model fails at a text of {len(text)} characters ({reason}); "
+            "send it in shorter words, or less of it"
+        ) from None
     ids: list[int] = encoded[0].ids
     return ids
 

@@ -182,10 +182,11 @@ def test_questions_without_an_answer_are_bounded(start_server, monkeypatch) -> N
         return answer
 
     waiting = []
+    every, own = (f"Prompts{of} that wait to be explained" for of in ("", " of this API key"))
     for key, count, message in (
-        ("ka", 2, "2 prompts of this API key wait to be explained, its share; try again later"),
-        ("kb", 1, "1 prompts of this API key wait to be explained, its share; try again later"),
-        ("kc", 1, "4 prompts wait to be explained, the server takes 4; try again later"),
+        ("ka", 2, f"{own}: 2, its share of max_explanations (4); try again later"),
+        ("kb", 1, f"{own}: 1, its share of max_explanations (4); try again later"),
+        ("kc", 1, f"{every}: 4, as many as max_explanations; try again later"),
     ):
         for _ in range(count):
             waiting.append(threading.Thread(target=ask, args=(key,)))

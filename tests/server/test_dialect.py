@@ -10,7 +10,8 @@ from fake_engine import MODEL
 
 from chunkllama_server.api.dialect.meanings import REPETITION_NAMES, Endpoint
 from chunkllama_server.api.dialect.route import MODELS
-from chunkllama_server.api.dialect.table import CONTAINERS, TABLE, Row
+from chunkllama_server.api.dialect.row import Row
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE
 from chunkllama_server.api.dialect.translate import looks_binding
 from chunkllama_server.transport.errors import ApiError
 
@@ -310,6 +311,15 @@ def test_an_empty_text_is_absent(server):
             assert not read(endpoint, {name: ""}).body, name
     names = ("regex_pattern", "banned_strings", "thinking_config", "ban_eos_token", "continue_")
     assert server.chat(**dict.fromkeys(names, "")).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["0", "00", "1", "-1", "false", "true", "left"])
+def test_a_text_that_reads_as_a_number_or_flag_is_not_off(server, text):
+    texts = ("stop_regex", "prompt", "system", "lora", "negative_prompt", "cached_content")
+    for name in (*texts, "custom_token_bans", "template"):
+        answer = server.chat(**{name: text})
+        assert answer.status_code == 400, name
+        assert answer.json()["error"]["param"] == name
 
 
 @pytest.mark.parametrize(("temperature", "status"), [(0, 200), (1, 200), (0.7, 400), (None, 400)])

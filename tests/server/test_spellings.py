@@ -34,6 +34,10 @@ SPELLED: list[tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = [
     (ALL, {"do_sample": "false"}, {"temperature": 0}),
     (ALL, {"random_seed": "-1"}, {}),
     (ALL, {"mirostat": "0", "typical_p": "1.0", "watermark": "false"}, {}),
+    (ALL, {"max_time": "0", "num_beams": "1", "min_length": "0", "raw": "false"}, {}),
+    (ALL, {"safe_prompt": "false", "enable_search": "false", "max_length": False}, {}),
+    (ALL, {"suppress_tokens": ["5", 6.0]}, {"logit_bias": {"5": -100, "6": -100}}),
+    (ALL, {"banned_tokens": "5"}, {"logit_bias": {"5": -100}}),
     (ALL, {"logit_bias": {"5": "-100"}}, {"logit_bias": {"5": -100}}),
     (ALL, {"logit_bias": [[5, "1"]]}, {"logit_bias": {"5": 1}}),
     (ALL, {"truncate_prompt_tokens": -1}, {}),
@@ -45,7 +49,8 @@ SPELLED: list[tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = [
     (("chat",), {"logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
     (("chat",), {"logprobs": "5"}, {"logprobs": True, "top_logprobs": 5}),
     (("chat",), {"logprobs": 1, "top_logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
-    (("chat",), {"logprobs": 0}, {}),
+    *((("chat",), {"logprobs": off}, {}) for off in (0, 0.0, "0", "0.0", "false")),
+    *((("chat",), {"logprobs": on}, {"logprobs": True}) for on in (1, 1.0, "1", "true")),
     (("completions",), {"logprobs": True}, {"logprobs": 1}),
     (("completions",), {"logprobs": False}, {}),
     (("chat", "completions"), {"prompt_logprobs": True}, {"prompt_logprobs": 1}),
@@ -141,6 +146,26 @@ def test_what_is_no_number_stays(text):
         assert read == text
     else:
         assert math.isclose(read, float(text)) and text.isascii() and "_" not in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"presence_penalty": "0", "repeat_last_n": 64}, 200),
+        ({"repetition_penalty": "1.0", "frequency_penalty": "", "repeat_last_n": "64"}, 200),
+        ({"repeat_penalty": "1", "frequency_penalty": "0.0", "rep_pen_range": 64}, 200),
+        ({"presence_penalty": "0.5", "repeat_last_n": 64}, 400),
+        ({"repeat_penalty": "1.1", "repeat_last_n": "64"}, 400),
+        ({"temperature": "1", "temperature_last": "true"}, 200),
+        ({"temperature": "0.0", "temperature_last": True}, 200),
+        ({"temperature": "0.7", "temperature_last": True}, 400),
+    ],
+)
+@pytest.mark.parametrize("endpoint", ALL)
+def test_whether_a_field_binds_is_read_from_quoted_numbers(server, endpoint, fields, status):
+    body = {"model": MODEL, **BODIES[endpoint], **fields}
+    answer = server.post(PATHS[endpoint], body)
+    assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ def test_an_error_names_file_tenant_and_field(tmp_path: Path, text: str, told: s
         ("alice:ka secret part", "(alice): after the key, write field=value"),
         ("alice:ka weight=1 weight=2", "(alice): after the key, write field=value, each field"),
         ("alice: weight=1", "is not of the form name:key"),
-        ("alice:k\0secret", "entry 1: name and key may have 4096 characters that can be printed"),
-        ("al\x1bice:secret", "entry 1: name and key may have 4096 characters that can be printed"),
-        ("alice:secret" + "k" * 4090, "entry 1: name and key may have 4096 characters"),
+        ("alice:k\0secret", "entry 1: name:key has characters that cannot be printed; leave them"),
+        ("al\x1bice:secret", "entry 1: name:key has characters that cannot be printed; leave"),
+        ("alice:secret" + "k" * 4090, "entry 1: name:key has 4102 characters; use at most 4096"),
         ("other:ka", "other names the sum of small tenants in /metrics"),
     ],
 )
@@ -143,6 +143,51 @@ def test_an_error_of_the_key_file_shows_no_key(tmp_path: Path, line: str, told: 
     with pytest.raises(ConfigError) as caught:
         load_quotas(Settings(api_key_file=tmp_path / "keys.txt"))
     assert told in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("secret\0", "entry 2 has characters that cannot be printed; leave them out"),
+        ("secret" + "k" * 4091, "entry 2 has 4097 characters; use at most 4096"),
+    ],
+)
+def test_an_operator_key_that_no_client_can_send_is_refused(key: str, told: str) -> None:
+    settings = Settings(api_key=("a:k",), operator_key=("fine", key))
+    with pytest.raises(ConfigError, match=f"^operator_key: {told}$"):
+        settings.keys_by_tenant()
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("1" + ":00" * 300 + ".0", "a number of 903 characters (write at most 100)"),
+        ("1" * 101, "a number of 101 characters (write at most 100)"),
+        ("!!int ''", "a value that is no int (put a text in quotes)"),
+        ("!!float ''", "a value that is no float (put a text in quotes)"),
+        ("!!bool x", "a value that is no bool (put a text in quotes)"),
+        ("!!timestamp x", "a value that is no timestamp (put a text in quotes)"),
+        ("2000-99-99", "a value that is no timestamp (put a text in quotes)"),
+        ("0x_", "a value that is no int (put a text in quotes)"),
+    ],
+)
+@pytest.mark.parametrize("form", ["- 1\n- {}\n", "a: b\n{}: c\n", "a:\n  b: {}\n"])
+def test_a_bad_value_is_one_line(tmp_path: Path, value: str, told: str, form: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(form.format(value))
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path, "config")
+    assert str(caught.value) == f"config: {path}: {told} at line 2"
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\UFFFFFFFF"', '"\\U00110000"', "%YAML " + "9" * 5000, "!!set x"]
+)
+def test_a_file_that_the_parser_fails_at_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"^config: \S+: not valid YAML[^\n]*$"):
+        load_yaml(path, "config")
 
 
 def test_a_quota_has_one_place(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from chunkllama.errors import ConfigError
 
-_MAX_CHARS: Final = 4096  # of a name and its key; a request's headers have 32 KiB
+_MAX_CHARS: Final = 4096  # of name:key; a request's headers have 32 KiB
 OTHER_TENANTS: Final = "other"  # label of /metrics for the tenants without a label of their own
 
 
@@ -34,11 +34,7 @@ def parse_key(text: str, number: int) -> KeyEntry:
         name, key = f"key-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given
     if not name or not key:
         raise ConfigError(f"api_key: entry {number} is not of the form name:key")
-    if not given.isprintable() or len(given) > _MAX_CHARS:
-        raise ConfigError(
-            f"api_key: entry {number}: name and key may have {_MAX_CHARS} characters that can be "
-            "printed; no client could send others"
-        )
+    check_characters(given, f"api_key: entry {number}: name:key")
     if name == OTHER_TENANTS:
         raise ConfigError(
             f"api_key: entry {number}: {name} names the sum of small tenants in /metrics; use "
@@ -54,3 +50,15 @@ def parse_key(text: str, number: int) -> KeyEntry:
             )
         fields[field] = value
     return KeyEntry(name, key, fields)
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuse what a header cannot carry, or a log cannot show.
+
+    Raises:
+        ConfigError: the message begins with ``where`` and shows no part of the text.
+    """
+    if not text.isprintable():
+        raise ConfigError(f"{where} has characters that cannot be printed; leave them out")
+    if len(text) > _MAX_CHARS:
+        raise ConfigError(f"{where} has {len(text)} characters; use at most {_MAX_CHARS}")

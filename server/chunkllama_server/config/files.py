@@ -25,12 +25,16 @@ def read_text(path: Path, key: str) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ConfigError(f"{key}: {path} is larger than {_MAX_BYTES >> 20} MiB; another file?")
+        _check_size(content, path, key)
         return content.decode("utf-8-sig")  # editors of Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{key}: cannot read {path}: {reason}") from None
+
+
+def _check_size(content: bytes, path: Path, key: str) -> None:
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{key}: {path} is larger than {_MAX_BYTES >> 20} MiB; another file?")
 
 
 def read_secret(path: Path, key: str) -> bytes:
@@ -39,16 +43,19 @@ def read_secret(path: Path, key: str) -> bytes:
     Its group may read it, because Kubernetes gives a pod's files to a group.
 
     Raises:
-        ConfigError: it cannot be read, others may read or write it, or it is short.
+        ConfigError: it cannot be read, others may read or write it, it is short, or too
+            large.
     """
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            secret = file.read(_MAX_BYTES).strip()
+            content = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
     if mode & 0o027:
         raise ConfigError(f"{key}: other users have access to {path} ({mode:04o}): chmod 600 it")
+    _check_size(content, path, key)
+    secret = content.strip()
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(
             f"{key}: {path} holds {len(secret)} bytes, fewer than {MIN_SECRET_BYTES}: fill it with "
@@ -60,13 +67,17 @@ def read_secret(path: Path, key: str) -> bytes:
 _MAX_DIGITS = 100  # of a number; what computes with longer ones, or prints them, fails
 
 
+# What PyYAML raises at values such as `2000-99-99` and `!!bool x`.
+_OF_VALUES = (ValueError, ArithmeticError, LookupError, AttributeError)
+
+
 class _RefusedError(yaml.MarkedYAMLError):
     pass
 
 
 class _CheckedLoader(yaml.SafeLoader):
-    """Refuses long numbers, and a key that occurs twice in a mapping, of which YAML would take the
-    last.
+    """Refuses long numbers, values that are not of their type, and a key that occurs twice in a
+    mapping, of which YAML would take the last.
 
     Mappings are checked as they are written: what a merge key adds to one is overridden by its own.
     """
@@ -83,14 +94,18 @@ class _CheckedLoader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
-    def construct_yaml_int(self, node: Any) -> int:
-        if len(node.value) > _MAX_DIGITS:
-            problem = f"a number of {len(node.value)} characters"
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        problem = f"a value that is no {kind} (put a text in quotes)"
+        if kind in ("int", "float") and len(node.value) > _MAX_DIGITS:
+            problem = f"a number of {len(node.value)} characters (write at most {_MAX_DIGITS})"
             raise _RefusedError(problem=problem, problem_mark=node.start_mark)
-        return int(super().construct_yaml_int(node))
-
-
-_CheckedLoader.add_constructor("tag:yaml.org,2002:int", _CheckedLoader.construct_yaml_int)
+        try:
+            return super().construct_object(node, deep)
+        except _OF_VALUES:
+            raise _RefusedError(problem=problem, problem_mark=node.start_mark) from None
 
 
 def load_yaml(path: Path, key: str) -> Any:
@@ -103,7 +118,7 @@ def load_yaml(path: Path, key: str) -> Any:
     text = read_text(path, key)
     try:
         return yaml.load(text, Loader=_CheckedLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, *_OF_VALUES) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         what = error.problem if isinstance(error, _RefusedError) else "not valid YAML"

@@ -28,7 +28,7 @@ from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.resources import cache_folder
 from chunkllama_server.config.adapters import AdapterConfig
-from chunkllama_server.config.api_keys import KeyEntry, parse_key
+from chunkllama_server.config.api_keys import KeyEntry, check_characters, parse_key
 from chunkllama_server.config.batches import BatchConfig
 from chunkllama_server.config.cluster import ClusterConfig
 from chunkllama_server.config.files import lock_folder, read_text, read_yaml
@@ -144,7 +144,8 @@ class Settings(
         """Return API keys by tenant name.
 
         Raises:
-            ConfigError: see ``key_entries``; a name or key occurs twice.
+            ConfigError: see ``key_entries``; a name or key occurs twice, or an operator key is
+                malformed.
         """
         keys: dict[str, str] = {}
         known = set[str]()
@@ -160,6 +161,8 @@ class Settings(
             )
         if not all(operators) or not known.isdisjoint(operators):
             raise ConfigError("operator_key: empty, or the same as a tenant's key")
+        for number, key in enumerate(operators, start=1):
+            check_characters(key, f"operator_key: entry {number}")
         return keys
 
 

@@ -78,6 +78,10 @@ class Reloader:
             except ChunkLlamaError as error:
                 logger.error("nothing reloaded: %s", error)
                 self._note_read(is_good=False)
+            except Exception as error:  # a bug; the next reload may work
+                reason = " ".join(repr(error).split())[:200]
+                logger.error("reload failed: %s; reload again, or restart", reason)
+                self._note_read(is_good=False)
             notify_supervisor("READY=1")
 
     def _note_read(self, *, is_good: bool) -> None:

@@ -12,6 +12,8 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SLASHES = re.compile(r"/{2,}")
+# What follows is a name, in which slashes count.
+_BEFORE_NAME = re.compile(r"/+admin/+cache/+tenants/")
 _REPEATED = re.compile(r"^(?:/v1)+(?=/v1/)")
 # First parts of paths below /v1, and of paths that are not.
 _BELOW_V1 = frozenset(
@@ -33,13 +35,18 @@ def canonical_path(path: str, root_path: str, *, keep_root: bool = True) -> str:
     """The path of the endpoint that is meant.
 
     Repeated and trailing slashes are dropped, and /v1 is added or removed where a client's base URL
-    has it once too few or too often. Other names of an endpoint lead to it. A ``root_path`` that a
+    has it once too few or too often. Other names of an endpoint lead to it. A tenant's name at the
+    end stays as it is, or a call for ``a/`` would reach ``a``. A ``root_path`` that a
     proxy has not removed stays, unless ``keep_root`` is false.
     """
     rest = path.removeprefix(root_path)
     root = path[: len(path) - len(rest)]
     if rest and not rest.startswith("/"):
         root, rest = "", path
+    before = _BEFORE_NAME.match(rest)
+    if before is not None:
+        rest = _SLASHES.sub("/", before[0]) + rest[before.end() :]
+        return root + rest if keep_root else rest
     rest = _SLASHES.sub("/", rest).rstrip("/") or "/"
     rest = _REPEATED.sub("", rest, count=1)
     below = rest.removeprefix("/v1")

@@ -36,6 +36,14 @@ def metric(keyed, name: str) -> int:
     return sum(int(float(value)) for value in found)
 
 
+def wait_for_no_request(keyed) -> None:
+    for _ in range(3000):
+        if not metric(keyed, "requests_live"):
+            return
+        time.sleep(0.02)
+    raise AssertionError("requests are still live")
+
+
 def refused(chunkllama: Callable, folder: Path, pattern: str) -> None:
     done = chunkllama("serve", "--model", folder, "--port", 0)
     (line,) = [line for line in done.stderr.splitlines() if line.split()[1:2] != ["INFO"]]
@@ -122,13 +130,11 @@ def test_S31_requests_cancelled_and_sent_again(keyed) -> None:
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(storm, range(12)))
-    while metric(keyed, "requests_live"):
-        time.sleep(0.02)
+    wait_for_no_request(keyed)
     for prompt, whole in zip(prompts, expected, strict=True):
         again = complete(keyed, "red", prompt, **fields)
         assert again["choices"][0]["token_ids"] == whole["choices"][0]["token_ids"]
-    while metric(keyed, "requests_live"):
-        time.sleep(0.02)
+    wait_for_no_request(keyed)
     assert metric(keyed, "invariant_violations") == 0
     text = keyed.get("/metrics", headers=bearer(OPERATOR)).text
     states = dict(re.findall(r'^chunkllama_kv_chunks{state="(\w+)"} (\S+)$', text, re.MULTILINE))

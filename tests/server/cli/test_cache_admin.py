@@ -14,7 +14,7 @@ from chunkllama.cache.admin import run_command
 from chunkllama.cache_messages import CacheCommand
 from chunkllama.simulation.engine import SimulatedEngine
 
-ODD_NAMES = ("a/b", "na\u00efve", "%2e", "..", "tree")
+ODD_NAMES = ("a", "a/b", "a//b", "a/", "/a", "/", "na\u00efve", "%2e", "..", "tree")
 TEXT = "you are a helpful assistant of the company and answer each question briefly " * 3
 
 

@@ -57,6 +57,7 @@ def test_servers_with_the_same_key_agree_on_namespaces(namespaces, tmp_path) -> 
         ("a" * 32, 0o644, "other users have access to .*0644.: chmod 600 it"),
         ("a" * 32, 0o620, "other users have access to .*0620.: chmod 600 it"),
         (" " + "a" * 31 + "\n", 0o600, "holds 31 bytes, fewer than 32: fill it with openssl rand"),
+        ("a" * ((16 << 20) + 1), 0o600, "secret is larger than 16 MiB"),
     ],
 )
 def test_an_unusable_key_is_one_line(namespaces, tmp_path, text, mode, message) -> None:

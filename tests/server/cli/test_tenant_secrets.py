@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -104,9 +105,13 @@ class Client:
         file_id = answer.json()["id"]
         job = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
         batch = self.send("POST", "/v1/batches", job).json()
-        while batch["status"] != "completed":
+        for _ in range(3000):
+            if batch["status"] == "completed":
+                break
             assert batch["status"] in ("validating", "in_progress", "finalizing"), batch
+            time.sleep(0.02)
             batch = self.send("GET", f"/v1/batches/{batch['id']}").json()
+        assert batch["status"] == "completed", batch
         assert batch["request_counts"]["completed"] == 1, batch
         return batch["id"], file_id
 

@@ -18,7 +18,7 @@ from chunkllama_server.api.chat.next_prompt import watch_answer
 from chunkllama_server.api.chat.prompt import ChatPrompt, ChatPrompter
 from chunkllama_server.api.chat.thinking import with_thoughts
 from chunkllama_server.api.common.branches import branch_stream
-from chunkllama_server.api.common.context import ServerContext, check_stream_options
+from chunkllama_server.api.common.context import ServerContext, check_streamable
 from chunkllama_server.api.common.forks import fork_stream, without_forks
 from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.prompt_cache import CachePlan, cache_plan
@@ -307,7 +307,7 @@ class PreparedChat:
 
 def _check_fields(body: ChatCompletionRequest) -> None:
     """Refuse combinations of fields, and values that the schema admits but nothing implements."""
-    check_stream_options(body)
+    check_streamable(body)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     if body.modalities is not None and "audio" in body.modalities:

@@ -352,9 +352,12 @@ class ChargedEngine:
         if most is None:
             return
         if present >= most:
-            what = f"{present} prompts wait to be explained, the server takes {most}"
+            what = f"Prompts that wait to be explained: {present}, as many as max_explanations"
         elif tenant and own[tenant] >= most - present:
-            what = f"{own[tenant]} prompts of this API key wait to be explained, its share"
+            what = (
+                f"Prompts of this API key that wait to be explained: {own[tenant]}, its share of "
+                f"max_explanations ({most})"
+            )
         else:
             return
         raise OverloadedError(f"{what}; try again later", _RETRY_QUESTION)

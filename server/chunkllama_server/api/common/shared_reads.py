@@ -1,4 +1,4 @@
-"""Read the server's state for all who look at it together, in a bounded part of the time."""
+"""Read the server's state for all who look at it together, with pauses between two reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class SharedReads:
     """One read at a time; a caller joins the next one of its key that begins.
 
     So a result is never older than the call, and callers, however many, use at most a fifth of the
-    time: metrics and dashboards are rendered on the event loop, where every stream waits for them.
+    time, or more where ``most_pause`` ends a pause early: metrics and dashboards are rendered on
+    the event loop, where every stream waits for them.
 
     Args:
         clock: monotonic seconds.

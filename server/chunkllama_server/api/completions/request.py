@@ -9,7 +9,7 @@ from typing import Any, cast
 from chunkllama.messages import EngineRequest
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
 from chunkllama_server.api.common.branches import branch_stream
-from chunkllama_server.api.common.context import ServerContext, check_stream_options
+from chunkllama_server.api.common.context import ServerContext, check_streamable
 from chunkllama_server.api.common.forks import fork_stream, without_forks
 from chunkllama_server.api.common.joined_stream import Generation
 from chunkllama_server.api.common.prompt_cache import cache_plan
@@ -42,7 +42,7 @@ def check_completion(body: CompletionRequest, context: ServerContext) -> None:
     Raises:
         ApiError: 400 naming the field.
     """
-    check_stream_options(body)
+    check_streamable(body)
     if body.suffix:
         raise invalid("suffix needs an infill model", "suffix")
     n = body.n or 1

@@ -148,7 +148,7 @@ def output_config(value: Any, endpoint: Endpoint) -> dict[str, Any]:
 
 def banned_ids(value: Any, _: Endpoint) -> dict[str, Any]:
     """Token ids that are never generated."""
-    ids = value if isinstance(value, list) else [value]
+    ids = [as_number(token_id) for token_id in (value if isinstance(value, list) else [value])]
     if not all(type(token_id) is int for token_id in ids):
         raise DialectError("must be a list of token ids")
     return {f"logit_bias.{token_id}": -100 for token_id in ids}
@@ -173,11 +173,12 @@ def mime_type(value: Any, _: Endpoint) -> dict[str, Any]:
 
 def has_penalty(body: Mapping[str, Any]) -> bool:
     """Whether a body asks for a penalty whose window the field bounds."""
-    repeats = [body.get(name) for name in ("repetition_penalty", *REPETITION_NAMES.split())]
-    others = [body.get(name) for name in ("presence_penalty", "frequency_penalty")]
+    names = ("repetition_penalty", *REPETITION_NAMES.split())
+    repeats = [as_number(body.get(name)) for name in names]
+    others = [as_number(body.get(name)) for name in ("presence_penalty", "frequency_penalty")]
     return any(value not in (None, 1, "") for value in repeats) or any(others)
 
 
 def scales_before(body: Mapping[str, Any]) -> bool:
     """Whether the place of the temperature among the samplers shows: at 0 and 1 it does not."""
-    return body.get("temperature") not in (0, 1)
+    return as_number(body.get("temperature")) not in (0, 1)

@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any
 
 from chunkllama_server.api.dialect.meanings import Endpoint
+from chunkllama_server.api.dialect.row import GENERATE, Row
 from chunkllama_server.api.dialect.shaped import DialectError
-from chunkllama_server.api.dialect.table import CONTAINERS, GENERATE, TABLE, Row
+from chunkllama_server.api.dialect.table import CONTAINERS, TABLE
 from chunkllama_server.api.dialect.values import SHAPES
-from chunkllama_server.api.schema.spellings import as_plain
 from chunkllama_server.transport.errors import ApiError, invalid
 
 # Parts of names that constrain or bound an answer, or change the prompt, on any server.
@@ -147,8 +147,7 @@ class _Translator:
             self._set(name, shaped.value, path)
 
     def _apply(self, row: Row, path: str, value: Any) -> None:
-        plain = as_plain(value)
-        if any(plain is off or (type(plain) is not bool and plain == off) for off in row.off):
+        if row.is_off(value):
             return
         if row.becomes is None:
             if row.is_refused(self._all):

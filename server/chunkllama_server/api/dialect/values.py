@@ -72,11 +72,11 @@ def metadata(value: Any) -> Shaped:
 
 
 def chat_logprobs(value: Any) -> Shaped:
-    """Chat's flag; the number of a text completion is that of ``top_logprobs``, too."""
+    """Chat's flag, also as 0 or 1; a higher number is that of ``top_logprobs``, too."""
     count = as_number(value)
-    if type(count) is not int or count < 2:
+    if type(count) is not int or count < 0:
         return Shaped(value)
-    return Shaped(True, {}, {"top_logprobs": ("", count)})
+    return Shaped(count > 0, {}, {"top_logprobs": ("", count)} if count > 1 else {})
 
 
 def logprob_count(value: Any) -> Shaped:
