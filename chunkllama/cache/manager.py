@@ -302,8 +302,8 @@ class CacheManager:
         if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
             num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
-        seen = min(num_computed, chunks.insert_limit) if chunks.num_dropped else num_computed
-        self.record_prompt(chunks, encode_tokens(tokens[:seen]) if chunks.insert_limit else b"")
+        shown = encode_tokens(tokens[:num_computed]) if chunks.insert_limit else b""
+        self.record_prompt(chunks, shown)
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)
         private = chunks.private_ids

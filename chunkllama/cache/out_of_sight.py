@@ -19,22 +19,16 @@ def num_out_of_sight(cache: CacheManager, chunks: SequenceChunks, num_computed: 
     return max(end - first - chunks.num_dropped, 0)
 
 
-def drop_out_of_sight(
-    cache: CacheManager, chunks: SequenceChunks, num_computed: int, tenant: str
-) -> None:
+def drop_out_of_sight(cache: CacheManager, chunks: SequenceChunks, num_computed: int) -> None:
     """Free what a sequence with ``num_computed`` tokens no longer reads and nobody else uses.
-
-    Args:
-        tenant: that needs the memory.
 
     Not while a step is in flight or something idle can be evicted; some chunk must be out of sight.
     The order of running sequences follows their chunks and is to be repaired.
     """
-    cache.record_prompt(chunks)  # before its chunks leave the tree
     first, end = _range(cache, chunks, num_computed)
     size, now, held = cache.chunk_size, cache.usage.now(), len(chunks.path)
     own = chunks.path[first:]
-    chunks.meter += cache.tree.withdraw(own, end - first, tenant) - len(own) * now
+    chunks.meter += cache.tree.withdraw(own, chunks.tenant) - len(own) * now
     del chunks.path[first:]
     chunks.num_whole = min(chunks.num_whole, first)
     chunks.num_shared = min(chunks.num_shared, first)

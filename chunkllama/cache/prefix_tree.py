@@ -187,19 +187,18 @@ class PrefixTree:
         self._push_if_leaf(parent)
         return chunk_id
 
-    def withdraw(self, path: list[Node], num_freed: int, tenant: str) -> float:
+    def withdraw(self, path: list[Node], tenant: str) -> float:
         """Take the end of a path out of the tree, which one sequence alone uses, for a tenant that
-        needs memory; its chunks, now PRIVATE, are the caller's, who frees the first ``num_freed``.
+        needs memory; its chunks, now PRIVATE, are the caller's.
 
         Returns the sum of the edges' ``shared_seconds``.
         """
         seconds = self.release_path(path)
-        for node in path[:num_freed]:
-            self.usage.add_eviction(node, tenant)
         for node in reversed(path):
             self.on_evicted(node)
+            self.usage.add_eviction(node, tenant)
             self.detach(node)
-        self.evicted_chunks_total += min(num_freed, len(path))
+        self.evicted_chunks_total += len(path)
         return seconds
 
     # -- use --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
         if cache.grow(sequence.chunks, 1, spare):
             running.order.extended(sequence, held)
             return
-        if _drop_out_of_sight(running, cache, sequence.tenant):
+        if _drop_out_of_sight(running, cache):
             continue
         victim = preemption_victim(running)
         if victim is not None:
@@ -48,9 +48,9 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
             lifecycle.requeue(running.by_age[-1])
 
 
-def _drop_out_of_sight(running: RunningSequences, cache: CacheManager, tenant: str) -> bool:
-    """Free, for a tenant, the chunks behind all windows of the decoding sequence that has most of
-    them; returns whether there were any. Beams copy their chunks and keep them.
+def _drop_out_of_sight(running: RunningSequences, cache: CacheManager) -> bool:
+    """Free the chunks behind all windows of the decoding sequence that has most of them; returns
+    whether there were any. Beams copy their chunks and keep them.
     """
     if cache.reach is None:
         return False
@@ -64,7 +64,7 @@ def _drop_out_of_sight(running: RunningSequences, cache: CacheManager, tenant: s
             most, holder = count, sequence
     if holder is None or holder.chunks is None:
         return False
-    drop_out_of_sight(cache, holder.chunks, holder.num_computed_tokens, tenant)
+    drop_out_of_sight(cache, holder.chunks, holder.num_computed_tokens)
     running.order.move(holder)
     return True
 

