@@ -210,8 +210,7 @@ class CacheManager:
 
     def is_readable(self, chunks: SequenceChunks) -> bool:
         """Every node the sequence was given to share has been computed, by this step at last."""
-        shared = chunks.path[: chunks.num_shared]
-        return all(node.scheduled == node.num_tokens for node in shared)
+        return all(node.scheduled == node.num_tokens for node in chunks.path[: chunks.num_shared])
 
     def end_step(self) -> None:
         """Drop the references of the step's copies, which are done."""
@@ -302,7 +301,8 @@ class CacheManager:
         if chunks.copies:  # a fork whose chunks were not copied yet: there is nothing in them
             num_computed = chunks.num_whole * size
         self.publish(chunks, tokens, num_computed)
-        shown = encode_tokens(tokens[:num_computed]) if chunks.insert_limit else b""
+        end = chunks.insert_limit if chunks.num_dropped else num_computed
+        shown = encode_tokens(tokens[:end]) if chunks.insert_limit else b""
         self.record_prompt(chunks, shown)
         depth = chunks.num_whole
         end = min(num_computed, chunks.insert_limit, (depth + 1) * size)

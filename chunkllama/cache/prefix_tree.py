@@ -187,18 +187,25 @@ class PrefixTree:
         self._push_if_leaf(parent)
         return chunk_id
 
-    def withdraw(self, path: list[Node], tenant: str) -> float:
-        """Take the end of a path out of the tree, which one sequence alone uses, for a tenant that
-        needs memory; its chunks, now PRIVATE, are the caller's.
+    def withdraw(self, path: list[Node], num_freed: int, tenant: str) -> float:
+        """Take the end of a path out of the tree, which one sequence alone uses; its chunks, now
+        PRIVATE, are the caller's.
 
-        Returns the sum of the edges' ``shared_seconds``.
+        Args:
+            num_freed: nodes at its start that count as evicted: the caller frees their chunks.
+            tenant: who needs them.
+
+        Returns:
+            The sum of the edges' ``shared_seconds``.
         """
         seconds = self.release_path(path)
-        for node in reversed(path):
+        for node in path:  # where not all are kept, those below are of no use without those above
             self.on_evicted(node)
+        for node in path[:num_freed]:
             self.usage.add_eviction(node, tenant)
+        for node in reversed(path):
             self.detach(node)
-        self.evicted_chunks_total += len(path)
+        self.evicted_chunks_total += num_freed
         return seconds
 
     # -- use --------------------------------------------------------------------------------

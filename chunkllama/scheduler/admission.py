@@ -160,7 +160,7 @@ class AdmissionControl:
         """Chunks the sequence will probably hold in the end."""
         expected = sequence.num_prompt_tokens + self.lengths.expected - 1
         tokens = max(sequence.num_tokens, min(sequence.max_kv_tokens, expected))
-        return -(-tokens // self._cache.chunk_size)
+        return self.num_chunks(tokens)
 
     def spare_chunks(self, sequence: Sequence, num_chunks: int) -> int:
         """Spares beyond ``num_chunks``; none that the sequence could never use."""

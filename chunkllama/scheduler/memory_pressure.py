@@ -4,6 +4,8 @@ that wait for each other.
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 from chunkllama.cache.manager import CacheManager
 from chunkllama.cache.out_of_sight import drop_out_of_sight, num_out_of_sight
 from chunkllama.scheduler.request import Sequence
@@ -23,12 +25,15 @@ def grow_tails(lifecycle: SequenceLifecycle, cache: CacheManager) -> None:
         for s in lifecycle.running.by_age
         if s.chunks is not None and len(s.chunks.ids) * size <= s.num_computed_tokens < s.num_tokens
     ]
+    hidden = _Hidden(lifecycle.running, cache)
     for sequence in full:
         if sequence.chunks is not None:  # else preempted for an older one
-            _grow(sequence, lifecycle, cache)
+            _grow(sequence, lifecycle, cache, hidden)
 
 
-def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager) -> None:
+def _grow(
+    sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager, hidden: _Hidden
+) -> None:
     running = lifecycle.running
     while sequence.chunks is not None:
         held = len(sequence.chunks)
@@ -36,8 +41,9 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
         if cache.grow(sequence.chunks, 1, spare):
             running.order.extended(sequence, held)
             return
-        if _drop_out_of_sight(running, cache):
+        if hidden.drop(sequence.tenant):
             continue
+        hidden.changed()
         victim = preemption_victim(running)
         if victim is not None:
             lifecycle.preempt(victim)
@@ -48,25 +54,46 @@ def _grow(sequence: Sequence, lifecycle: SequenceLifecycle, cache: CacheManager)
             lifecycle.requeue(running.by_age[-1])
 
 
-def _drop_out_of_sight(running: RunningSequences, cache: CacheManager) -> bool:
-    """Free the chunks behind all windows of the decoding sequence that has most of them; returns
-    whether there were any. Beams copy their chunks and keep them.
-    """
-    if cache.reach is None:
-        return False
-    most, holder = 0, None
-    for sequence in running.by_age:
-        chunks, computed = sequence.chunks, sequence.num_computed_tokens
-        if chunks is None or sequence.group.beam is not None or computed < sequence.num_admitted:
-            continue
-        count = num_out_of_sight(cache, chunks, computed)
-        if count > most:
-            most, holder = count, sequence
-    if holder is None or holder.chunks is None:
-        return False
-    drop_out_of_sight(cache, holder.chunks, holder.num_computed_tokens)
-    running.order.move(holder)
-    return True
+class _Hidden:
+    """Chunks behind all windows of decoding sequences. Beams copy their chunks and keep them."""
+
+    def __init__(self, running: RunningSequences, cache: CacheManager) -> None:
+        self._running = running
+        self._cache = cache
+        self._holders: list[Sequence] | None = None  # the one with most of them last
+
+    def changed(self) -> None:
+        """Note that fewer sequences or pins than before may keep a chunk in the tree."""
+        self._holders = None
+
+    def drop(self, tenant: str) -> bool:
+        """Free those of the sequence that has most, the oldest of several, for a tenant that needs
+        memory; returns whether there were any.
+        """
+        if self._holders is None:
+            self._holders = self._find()
+        if not self._holders:
+            return False
+        holder = self._holders.pop()
+        assert holder.chunks is not None
+        drop_out_of_sight(self._cache, holder.chunks, holder.num_computed_tokens, tenant)
+        self._running.order.move(holder)
+        return True
+
+    def _find(self) -> list[Sequence]:
+        if self._cache.reach is None:
+            return []
+        found: list[tuple[int, Sequence]] = []
+        for sequence in reversed(self._running.by_age):
+            chunks, computed = sequence.chunks, sequence.num_computed_tokens
+            if chunks is None or sequence.group.beam is not None:
+                continue
+            if computed >= sequence.num_admitted:
+                count = num_out_of_sight(self._cache, chunks, computed)
+                if count:
+                    found.append((count, sequence))
+        found.sort(key=itemgetter(0))
+        return [sequence for _, sequence in found]
 
 
 def break_deadlock(lifecycle: SequenceLifecycle, cache: CacheManager) -> bool:

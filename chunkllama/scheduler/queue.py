@@ -135,7 +135,7 @@ class WaitingQueue:
         self._changed(tenant, queue)
 
     def park_alike(self, sequence: Sequence, num_tokens: int, reason: Hashable) -> None:
-        """Park sequence and those like it: each would be found to wait for the same.
+        """Park a sequence and those like it, which would usually be found to wait for the same.
 
         Args:
             num_tokens: they share so many, and go on.

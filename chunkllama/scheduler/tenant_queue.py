@@ -100,7 +100,7 @@ class TenantQueue:
         start = self._last[: least * TOKEN_BYTES]
         at = bisect_left(others, (self._last,))
         if self.may_follow is None:
-            self.may_follow = len(start) == least * TOKEN_BYTES and (  # these share most of all
+            self.may_follow = len(start) == least * TOKEN_BYTES and (  # the adjacent two share most
                 (at > 0 and others[at - 1][0].startswith(start))
                 or (at < len(others) and others[at][0].startswith(start))
             )

@@ -23,7 +23,7 @@ def num_hidden(live: Text) -> int:
 
 
 def drop(live: Text) -> None:
-    drop_out_of_sight(live.driver.cache, live.chunks, live.num_computed)
+    drop_out_of_sight(live.driver.cache, live.chunks, live.num_computed, "needy")
     live.driver.check()
 
 
@@ -59,7 +59,7 @@ def test_what_is_dropped_leaves_the_tree_with_all_below_it() -> None:
     live.release()
     driver.assert_tree("")
     assert driver.cache.pool.num_free == 8
-    assert driver.cache.tree.evicted_chunks_total == 3
+    assert driver.cache.tree.evicted_chunks_total == 2, "the third kept its chunk"
 
 
 def test_nodes_that_others_use_and_pinned_ones_stay() -> None:
@@ -128,5 +128,47 @@ def test_chunk_seconds_end_where_a_chunk_is_dropped() -> None:
     live.release()
     stats = read([])["A"]
     assert stats.chunk_seconds == pytest.approx(expected)
-    assert stats.evicted_chunks == 3
+    assert stats.evicted_chunks == 2
+    assert read([])["needy"].evictions_of_others == 2
     assert stats.chunks_cached == 0
+
+
+def test_what_is_freed_counts_for_the_tenant_that_needs_it() -> None:
+    driver = CacheDriver(8, reach=WINDOW)
+    live = started(driver, ALPHABET, tenant="A")
+    drop(live)
+    stats = driver.cache.usage.read([live.chunks])
+    lost, caused = stats["A"], stats["needy"]
+    assert (lost.evicted_chunks, lost.evicted_tokens, lost.evictions_for) == (4, 16, 0)
+    assert (caused.evicted_chunks, caused.evictions_for, caused.evictions_of_others) == (0, 4, 4)
+    assert driver.cache.tree.evicted_chunks_total == 4
+
+
+@pytest.mark.parametrize(("namespace", "owner"), [("", "A"), ("", "B"), ("N", "B")])
+def test_what_was_found_stays_if_it_is_public_or_of_another_tenant(
+    namespace: str, owner: str
+) -> None:
+    driver = CacheDriver(16, reach=WINDOW)
+    started(driver, "aaaabbbb", namespace=namespace, tenant=owner).release()
+    live = started(driver, "aaaabbbbccccddddeeee", namespace="N", tenant="A")
+    drop(live)
+    assert live.chunk_ids[:4] == [0, 1, DROPPED, DROPPED]
+    live.release()
+    assert driver.match("aaaabbbbcccc", namespace="N").num_tokens == 8
+
+
+def test_a_tenant_gives_up_what_it_stored_itself() -> None:
+    driver = CacheDriver(16, reach=WINDOW)
+    started(driver, "aaaabbbb", namespace="N", tenant="A").release()
+    live = started(driver, "aaaabbbbccccddddeeee", namespace="N", tenant="A")
+    drop(live)
+    assert live.chunk_ids[:4] == [DROPPED] * 4
+
+
+def test_the_tier_is_offered_a_path_from_its_start() -> None:
+    driver = CacheDriver(8, reach=WINDOW)
+    live = started(driver, "abcdefghijkl")
+    offered: list[int] = []
+    driver.cache.tree.on_evicted = lambda node: offered.append(node.depth)
+    drop(live)
+    assert offered == [0, 1, 2]

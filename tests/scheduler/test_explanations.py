@@ -391,3 +391,20 @@ def test_what_others_send_changes_no_explanation(seed: int) -> None:
         return made
 
     assert explanations(with_other=True) == explanations(with_other=False)
+
+
+@pytest.mark.parametrize("shared", [0, SIZE])
+def test_what_was_dropped_behind_windows_was_evicted(shared: int) -> None:
+    """A request beside another one, which may share its first chunk, in a full pool."""
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "spare_chunks": 0}
+    run = SimulatedEngine(12, SIZE, vocab_size=50, window=5, history_chunks=64, **limits)
+    for _ in range(600):
+        run.scheduler._admission.lengths.add(1)
+    prompt = [1] * 4 + [2] * 8
+    run.add(prompt, 24)
+    run.add([1] * shared + [3] * (12 - shared), 24)
+    run.run()
+    assert run.scheduler.stats().preemptions_total == 0
+    explanation = run.scheduler.explain([*prompt, 9], "", "")
+    assert explanation.reason == "evicted"
+    assert explanation.num_known_tokens == len(prompt)

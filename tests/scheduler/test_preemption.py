@@ -8,6 +8,7 @@ import pytest
 
 from chunkllama.cache.manager import SequenceChunks
 from chunkllama.messages import BACKGROUND_PRIORITY
+from chunkllama.scheduler import memory_pressure
 from chunkllama.scheduler.request import Sequence
 from chunkllama.scheduler.step_caps import NO_CAP, PATIENCE
 from chunkllama.simulation.engine import SimulatedEngine
@@ -52,7 +53,41 @@ def test_what_windows_hide_is_dropped_before_anybody_is_preempted() -> None:
     run.check_outputs()
     stats = run.scheduler.stats()
     assert stats.preemptions_total == 0
-    assert stats.evicted_chunks_total > 16
+    assert stats.evicted_chunks_total > 8
+
+
+def test_sequences_that_grow_together_are_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen that each need a chunk in the same step of a full pool."""
+    run = engine(64, window=5, max_num_seqs=16, max_num_batched_tokens=256)
+    asked: list[Any] = []
+    count = memory_pressure.num_out_of_sight
+    monkeypatch.setattr(
+        memory_pressure, "num_out_of_sight", lambda *args: (asked.append(args), count(*args))[1]
+    )
+    for i in range(16):
+        run.add([i] * 16, 9)
+    most = 0
+    while run.scheduler.has_unfinished():
+        del asked[:]
+        run.step()
+        most = max(most, len(asked))
+    run.check_outputs()
+    assert most == 16
+    assert run.scheduler.stats().preemptions_total == 0
+
+
+def test_what_windows_hide_is_evicted_for_the_tenant_that_grows() -> None:
+    run = engine(14, window=5)
+    run.add([1] * 20, 24, tenant="a", namespace="a")
+    run.add([2] * 8, 24, tenant="b", namespace="b")
+    while not run.scheduler.stats().evicted_chunks_total:
+        run.step()
+    stats = run.cache.usage.read([])
+    counts = {
+        name: (each.evicted_chunks, each.evictions_for, each.evictions_of_others)
+        for name, each in stats.items()
+    }
+    assert counts == {"a": (7, 0, 0), "b": (0, 7, 7)}, "a has seven chunks behind its window"
 
 
 def test_a_sequence_that_has_dropped_chunks_is_preempted_and_computed_again() -> None:

@@ -434,9 +434,9 @@ def shown_without_the_chunks_above(patch: Patch) -> None:
     """A sequence that left the tree publishes what it computes next."""
     drop = memory_pressure.drop_out_of_sight
 
-    def shown(cache: CacheManager, chunks: SequenceChunks, num_computed: int) -> None:
+    def shown(cache: CacheManager, chunks: SequenceChunks, num_computed: int, tenant: str) -> None:
         limit = chunks.insert_limit
-        drop(cache, chunks, num_computed)
+        drop(cache, chunks, num_computed, tenant)
         chunks.insert_limit = limit
         chunks.set_next_publish(cache.chunk_size)
 
