@@ -137,22 +137,24 @@ async def ask(
 async def _read_events(reader: asyncio.StreamReader, answer: Answer, stop_after: int) -> None:
     last = heard = time.monotonic()
     while size := int(await reader.readuntil(b"\r\n"), 16):
-        event = (await reader.readexactly(size + 2))[:-2]
+        sent = (await reader.readexactly(size + 2))[:-2]
         now = time.monotonic()
         answer.silence = max(answer.silence, now - heard)
         heard = now
-        assert not answer.is_done, "something follows [DONE]"
-        if event.startswith(b":"):
-            answer.comments += 1
-            continue
-        answer.gaps.append(now - last)
-        last = now
-        if event == b"data: [DONE]\n\n":
-            answer.is_done = True
-        else:
-            _take(answer, json.loads(event.removeprefix(b"data: ")))
-        if stop_after and answer.num_tokens >= stop_after:
-            return
+        assert sent.endswith(b"\n\n"), "a part of an event"
+        for event in sent[:-2].split(b"\n\n"):
+            assert not answer.is_done, "something follows [DONE]"
+            if event.startswith(b":"):
+                answer.comments += 1
+                continue
+            answer.gaps.append(now - last)
+            last = now
+            if event == b"data: [DONE]":
+                answer.is_done = True
+            else:
+                _take(answer, json.loads(event.removeprefix(b"data: ")))
+            if stop_after and answer.num_tokens >= stop_after:
+                return
 
 
 def _take(answer: Answer, event: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def test_S1_too_many_choices(server, fields) -> None:
     refused(server, COMPLETION | fields, "prompt" if "prompt" in fields else next(iter(fields)))
 
 
-@pytest.mark.parametrize("value", [10**9, -3, "12", True, 1.5, [1], 2**40])
+@pytest.mark.parametrize("value", [10**9, -3, "12x", True, 1.5, [1], 2**40])
 def test_S2_lengths_no_context_holds(server, value) -> None:
     refused(server, COMPLETION | {"max_tokens": value}, "max_tokens")
 

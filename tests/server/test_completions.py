@@ -184,7 +184,7 @@ def test_one_failing_prompt_fails_the_request(server):
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"best_of": 21}, "best_of"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": "many"}, "logprobs"),
         ({"logprobs": 6}, "logprobs"),
         ({"suffix": "end"}, "suffix"),
         ({"max_tokens": -3}, "max_tokens"),
