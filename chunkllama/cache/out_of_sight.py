@@ -23,7 +23,7 @@ def num_out_of_sight(cache: CacheManager, chunks: SequenceChunks, num_computed: 
 def drop_out_of_sight(
     cache: CacheManager, chunks: SequenceChunks, num_computed: int, tenant: str
 ) -> None:
-    """Free what a sequence with ``num_computed`` tokens no longer reads and nobody else uses, for
+    """Free what a sequence with ``num_computed`` tokens no longer reads and no other one uses, for
     a tenant that needs memory.
 
     Not while a step is in flight or something idle can be evicted; some chunk must be out of sight.

@@ -141,7 +141,8 @@ def test_what_no_layer_sees_is_dropped_when_the_pool_is_full(
     got = answers(core, prompts, with_prompts=False, max_tokens=250)
     stats = core.stats()
     assert stats.preemptions_total == 0
-    assert stats.evicted_chunks_total > 0  # six chunks of three sequences need 18
+    # guesses let fewer sequences run at once, as many as measured times allow
+    assert stats.evicted_chunks_total >= (1 if "speculation" in settings else 3)
     for prompt, answer in zip(prompts, got, strict=True):
         assert_greedy(model, prompt, answer)
     assert_equals_transformers(core, model, (100,))
