@@ -59,6 +59,7 @@ from chunkllama_server.metrics.tracing import Tracing, TracingMiddleware
 from chunkllama_server.transport.auth import AuthMiddleware, Tenants
 from chunkllama_server.transport.body import BodyLimitMiddleware
 from chunkllama_server.transport.errors import install_error_handlers
+from chunkllama_server.transport.full_queue import FullQueueMiddleware
 from chunkllama_server.transport.host_check import HostCheckMiddleware, is_loopback
 from chunkllama_server.transport.internal import call_route
 from chunkllama_server.transport.paths import MethodMiddleware, PathMiddleware, add_routes
@@ -304,10 +305,16 @@ def _queue_limits(settings: Settings, engine: EngineClient) -> QueueLimits:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """Add, from innermost to outermost: methods, body limit, paths, keys, CORS, ids, traces."""
+    """Add, from the innermost on: methods, body limit, queue, paths, keys, CORS, ids, traces."""
     settings = context.settings
     app.add_middleware(MethodMiddleware, routes=app.routes)
     app.add_middleware(BodyLimitMiddleware, settings=settings)
+    assert isinstance(context.engine, ChargedEngine)
+    app.add_middleware(
+        FullQueueMiddleware,
+        check=context.engine.check_places,
+        on_rejection=context.metrics.reject_tenant,
+    )
     # Inside the key check: only the exact spellings of open paths are open.
     app.add_middleware(PathMiddleware, root_path=settings.root_path)
     app.add_middleware(

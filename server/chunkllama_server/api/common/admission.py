@@ -186,7 +186,7 @@ class ChargedEngine:
             RequestFailedError: ``end`` has ended it.
         """
         tenant = request.tenant
-        self._check_places(tenant)
+        self.check_places(tenant)
         charge = self._charge(request)
         self._wait(tenant, charge, 1)
         self._run(tenant, charge, 1)
@@ -260,7 +260,12 @@ class ChargedEngine:
         if not own.sequences:
             del self._by_tenant[tenant]
 
-    def _check_places(self, tenant: str) -> None:
+    def check_places(self, tenant: str) -> None:
+        """Check that the next request of a tenant would be taken, however small it is.
+
+        Raises:
+            OverloadedError: it would not.
+        """
         limits = self._limits
         own = self._by_tenant.get(tenant, _Charge())
         share = self._queue_share(tenant) if tenant else None
