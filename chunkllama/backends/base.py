@@ -150,6 +150,9 @@ class Backend(ABC):
             is_bounded: the model has sliding windows or a soft cap of scores.
         """
 
+    def settle(self, kv: KVCache) -> None:  # noqa: B027
+        """Wait until the system has given the memory that a pool begins with."""
+
     def fuse(
         self,
         model: PlainModel,

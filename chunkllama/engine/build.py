@@ -80,6 +80,8 @@ def build_engine(
     except BaseException:
         step_model.close()
         raise
+    attention = step_model.attention
+    attention.backend.settle(attention.kv)  # no request pays for it, and memory in use is known
     logger.info(
         "engine ready in %.1f s: %s, %s on %s (%s backend%s), %d chunks of %d tokens (%d MiB, %s): "
         "requests of up to %d tokens, %d of that length at once",

@@ -1,8 +1,9 @@
-"""The pool of a GPU, and steps that its memory has no room for, on fake GPUs."""
+"""The pool of a GPU, and steps that its memory has no room for, on fake GPUs; that of a CPU."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tiny_model import write_tiny_model
 
+from chunkllama.backends.cpu.memory import PoolCommitter
 from chunkllama.config import EngineConfig
 from chunkllama.engine import build, size
 from chunkllama.engine.build import build_engine
@@ -268,3 +270,19 @@ def test_a_request_that_never_fits_ends_alone(
     found = answers(core)
     assert [name for name, tokens in found.items() if tokens == [-1]] == ["r3"]
     assert all(len(tokens) == 5 for name, tokens in found.items() if name != "r3")
+
+
+def test_on_a_cpu_an_engine_is_ready_once_its_pool_has_memory(
+    tiny_core: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = []
+    commit = PoolCommitter._commit
+
+    def commit_late(self: PoolCommitter, target: int) -> None:
+        time.sleep(0.2)
+        commit(self, target)
+        committed.append(target)
+
+    monkeypatch.setattr(PoolCommitter, "_commit", commit_late)
+    tiny_core(num_chunks=64)
+    assert committed

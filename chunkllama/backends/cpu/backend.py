@@ -141,6 +141,9 @@ class CpuBackend(Backend):
         model.kv.state.reach(0)  # not before: it would take processors from packing
         return fused
 
+    def settle(self, kv: KVCache) -> None:
+        kv.state.join()
+
     def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return float32: the kernels sum in it, and narrow what a product reads themselves."""
         return torch.float32
