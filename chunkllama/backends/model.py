@@ -79,7 +79,7 @@ class RunnableModel(Protocol):
         plan: DevicePlan,
         adapters: Sequence[AdapterRows] = (),
     ) -> torch.Tensor:
-        """token_ids [T] int64 and positions [T] int32 -> final hidden states [T, H], normalised.
+        """token_ids and positions [T] int32 -> final hidden states [T, H], normalised.
 
         Rows that ``adapters``, ascending and disjoint, do not name are the model's own.
         """

@@ -42,6 +42,7 @@ class StepJournal:
         except OSError:
             os.close(descriptor)
             raise
+        self._written_turns, self._written_steps = self.turns, self.steps
 
     def fileno(self) -> int:
         return self._descriptor
@@ -54,7 +55,8 @@ class StepJournal:
 
     def turn(self) -> None:
         """The step loop has come round."""
-        _COUNTER.pack_into(self._map, _TURNS, self.turns + 1)
+        self._written_turns += 1
+        _COUNTER.pack_into(self._map, _TURNS, self._written_turns)
 
     def begin_step(self, request_ids: list[str]) -> None:
         """A step with these requests is about to be executed."""
@@ -67,7 +69,8 @@ class StepJournal:
     def end_step(self) -> None:
         """The step has been committed."""
         _LENGTH.pack_into(self._map, _PAYLOAD_LENGTH, 0)
-        _COUNTER.pack_into(self._map, _STEPS, self.steps + 1)
+        self._written_steps += 1
+        _COUNTER.pack_into(self._map, _STEPS, self._written_steps)
 
     # -- read by its parent -----------------------------------------------------------------
 

@@ -114,7 +114,9 @@ class MaskThreads:
 
     def wait_for_all(self, states: Iterable[SequenceState]) -> None:
         """Wait for the masks of ``states`` that are being computed, however long they take."""
-        wait({s.mask_task for s in states if s.mask is None and s.mask_task is not None})
+        tasks = {s.mask_task for s in states if s.mask is None and s.mask_task is not None}
+        if tasks:
+            wait(tasks)
 
     def close(self) -> None:
         self._quick.shutdown(wait=True, cancel_futures=True)

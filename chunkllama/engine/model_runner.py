@@ -128,22 +128,17 @@ class ModelRunner:
         self, output: SchedulerOutput, hidden: torch.Tensor, sampled: SampledTokens
     ) -> torch.Tensor:
         """Score and pool prompts; returns the hidden states [R, H] of the rows to sample."""
-        begin = 0
+        end = 0
+        last: list[int] = []
         for piece in output.slices:
-            rows = hidden[begin : begin + piece.num_tokens]
-            begin += piece.num_tokens
+            begin, end = end, end + piece.num_tokens
             if piece.wants_prompt_logits:
-                self._score_prompt(piece, rows, sampled)
+                self._score_prompt(piece, hidden[begin:end], sampled)
             if self._sequences[piece.slot].pooling:
-                self._pool(piece, rows, sampled)
-        ends = np.cumsum([piece.num_tokens for piece in output.slices])
-        last = [
-            row
-            for piece, end in zip(output.slices, ends.tolist(), strict=True)
-            if piece.samples
-            for row in range(end - 1 - piece.num_drafts, end)
-        ]
-        if last == list(range(len(hidden))):
+                self._pool(piece, hidden[begin:end], sampled)
+            if piece.samples:
+                last += range(end - 1 - piece.num_drafts, end)
+        if len(last) == end:  # all of them
             return hidden
         return hidden[self.backend.upload(np.array(last, np.int64))]
 

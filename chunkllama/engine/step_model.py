@@ -70,20 +70,12 @@ class StepModel:
         plan = self.attention.plan(output)
         slices = output.slices
         token_ids = np.concatenate([piece.token_ids for piece in slices])
-        positions = np.concatenate(
-            [
-                np.arange(
-                    piece.first_position, piece.first_position + piece.num_tokens, dtype=np.int32
-                )
-                for piece in slices
-            ]
-        )
+        positions: list[int] = []
+        for piece in slices:
+            positions += range(piece.first_position, piece.first_position + piece.num_tokens)
         upload = self.backend.upload
         return self.model.forward(
-            upload(token_ids.astype(np.int64)),
-            upload(positions),
-            plan,
-            adapters,
+            upload(token_ids), upload(np.array(positions, np.int32)), plan, adapters
         )
 
     def replace_pool(self, num_chunks: int) -> None:

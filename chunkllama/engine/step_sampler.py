@@ -54,6 +54,7 @@ class StepSampler:
         self._started = 0.0
         self._chosen: list[int] = []
         self._is_alone = True
+        self._take_best = False  # all that was asked for
         self._model_seconds = 0.0
 
     def begin(self, output: SchedulerOutput) -> None:
@@ -68,7 +69,8 @@ class StepSampler:
         for piece in output.slices:
             if piece.num_drafts:
                 states[piece.slot].drafts = piece.token_ids[-piece.num_drafts :].tolist()
-        if all(takes_best(states[slot].sampling) for slot in asked):
+        self._take_best = all(takes_best(states[slot].sampling) for slot in asked)
+        if self._take_best:
             self._masks.start(())  # nothing that an earlier step began is waited for
             return
         for slot in asked:
@@ -96,9 +98,13 @@ class StepSampler:
         """
         fresh = _first_rows(output)
         states = self._sequences
-        waiting = self._clock()
-        slots = self._ready(output)
-        waited = self._clock() - waiting
+        waited = 0.0
+        if self._take_best:
+            slots = self._chosen
+        else:
+            waiting = self._clock()
+            slots = self._ready(output)
+            waited = self._clock() - waiting
         for slot in {*output.awaited, *fresh}.difference(slots):
             if slot in fresh:
                 row = hidden[fresh[slot]]
@@ -109,13 +115,13 @@ class StepSampler:
                 states[slot].drop_drafts()
             sampled.deferred.add(slot)
         if slots:
-            if slots != list(fresh) or sum(states[s].num_rows for s in slots) != len(hidden):
+            if slots != list(fresh) or sum(states[s].num_rows for s in slots) != hidden.shape[0]:
                 hidden = torch.cat([_rows(states[s], hidden, fresh.get(s)) for s in slots])
             began = self._started + waited if output.slices else None
             self._sample(slots, model, hidden, began, sampled)
             if output.wants_forced:
                 self._report_forced(slots, sampled)
-        if output.slices:
+        if output.slices and not self._take_best:
             self._budget.refill(self._model_seconds, self._present(output))
 
     def close(self) -> None:
@@ -162,8 +168,8 @@ class StepSampler:
         """
         states = [self._sequences[slot] for slot in slots]
         counts = [state.num_rows for state in states]
-        if all(takes_best(state.sampling) for state in states):
-            outcomes = _take_best(model, hidden)
+        if self._take_best or all(takes_best(state.sampling) for state in states):
+            outcomes = _best(model, hidden)
             self._end_model(began)
         else:
             rows = [
@@ -253,7 +259,7 @@ def _settle_matcher(state: SequenceState) -> None:
     state.pending_matcher = None
 
 
-def _take_best(model: RunnableModel, hidden: torch.Tensor) -> list[Sampled]:
+def _best(model: RunnableModel, hidden: torch.Tensor) -> list[Sampled]:
     """Greedy sampling alone needs no logits in memory."""
     values, tokens = model.best_tokens(hidden)
     ids = tokens.where(values.isfinite(), -1).tolist()  # one read of the device

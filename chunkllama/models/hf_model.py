@@ -186,7 +186,9 @@ class TransformersModel:
         token = ACTIVE.set(to)
         try:
             output = self._base(
-                input_ids=token_ids[None], position_ids=positions.long()[None], use_cache=False
+                input_ids=token_ids.long()[None],
+                position_ids=positions.long()[None],
+                use_cache=False,
             )
         finally:
             ACTIVE.reset(token)

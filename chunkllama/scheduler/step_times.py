@@ -69,7 +69,10 @@ class StepTimes:
     def add(self, tokens: int, seconds: float) -> None:
         """Take in a step."""
         self._num_steps += 1
-        octave = self._octaves.setdefault(tokens.bit_length(), _Octave())
+        size = tokens.bit_length()
+        octave = self._octaves.get(size)
+        if octave is None:
+            octave = self._octaves[size] = _Octave()
         octave.add(tokens, seconds)
         octave.at = self._num_steps
         if self._num_steps % _KEPT == 0:

@@ -182,7 +182,7 @@ class FusedModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, vocab_size] float32; up to 64 rows in a buffer the next call reuses."""
-        rows, head = len(hidden), self._model.head
+        rows, head = hidden.shape[0], self._model.head
         if rows > KEPT_LOGIT_ROWS:
             y = torch.empty(rows, head.n)
         else:
@@ -197,7 +197,7 @@ class FusedModel:
         return y[:, : self._vocab]
 
     def best_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = len(hidden)
+        rows = hidden.shape[0]
         values, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
         x = self._head_input(hidden)
         self._library.ck_best(
@@ -208,8 +208,9 @@ class FusedModel:
 
     def _head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the activations' type, padded as the kernels want them."""
-        x = torch.zeros(round_up(len(hidden), UNIT), self._widths["hidden"], dtype=self._activation)
-        x[: len(hidden), : self._hidden] = hidden
+        rows = hidden.shape[0]
+        x = torch.zeros(round_up(rows, UNIT), self._widths["hidden"], dtype=self._activation)
+        x[:rows, : self._hidden] = hidden
         return x
 
     def _reserve(self, rows: int) -> None:
