@@ -236,8 +236,8 @@ def llm(demo_path):
 
 
 def call_with_the_demo_model(llm, tool, num_calls: int) -> None:
-    """Every call is whole, also of the model's lists without an end, which are closed; most end by
-    themselves.
+    """Every call is whole, also one whose list the model would continue, which is closed at the
+    limit; calls without lists and free keys mostly end by themselves.
     """
     config, grammar = plan(tool, MODEL_TOKENS)
     sampling = SamplingParams(
@@ -247,7 +247,10 @@ def call_with_the_demo_model(llm, tool, num_calls: int) -> None:
     for choice in output.outputs:
         check(config, tool, choice.text)
     reasons = [choice.finish_reason for choice in output.outputs]
-    assert reasons.count("stop") > num_calls // 2, reasons
+    assert set(reasons) <= {"stop", "length"}
+    schema = json.dumps(tool["parameters"])
+    if '"array"' not in schema and '"additionalProperties": {' not in schema:
+        assert reasons.count("stop") > num_calls // 2, reasons
 
 
 def test_calls_of_the_demo_model(llm):
