@@ -140,6 +140,25 @@ class BranchStream(JoinedStream):
             reasoning=sum(answer.reasoning for answer in answers),
         )
 
+    def _shown(self, number: int, pieces: list[OutputDelta], begun: set[int]) -> list[OutputDelta]:
+        """Take what a branch has yielded; returns it with its number, behind its lead at first."""
+        branch, shown = self._branches[number], []
+        if number not in begun:
+            begun.add(number)
+            shown.append(OutputDelta(0, text=branch.lead, branch=number))
+        for piece in pieces:
+            branch.add(piece)
+            shown.append(
+                OutputDelta(
+                    0,
+                    text=piece.text,
+                    reasoning=piece.reasoning,
+                    token_ids=piece.token_ids,
+                    branch=number,
+                )
+            )
+        return shown
+
     async def pieces(self) -> AsyncGenerator[list[OutputDelta], None]:
         """Yield each branch's text with the branch's index, then the parent's after the join.
 
@@ -149,23 +168,8 @@ class BranchStream(JoinedStream):
         begun: set[int] = set()
         streams = [self._until_ended(branch) for branch in self._branches]
         async with aclosing(merged(streams)) as outputs:
-            async for number, pieces in outputs:
-                branch, shown = self._branches[number], []
-                if number not in begun:
-                    begun.add(number)
-                    shown.append(OutputDelta(0, text=branch.lead, branch=number))
-                for piece in pieces:
-                    branch.add(piece)
-                    shown.append(
-                        OutputDelta(
-                            0,
-                            text=piece.text,
-                            reasoning=piece.reasoning,
-                            token_ids=piece.token_ids,
-                            branch=number,
-                        )
-                    )
-                yield shown
+            async for batch in outputs:
+                yield [shown for part in batch for shown in self._shown(*part, begun)]
         errors = [branch.error for branch in self._branches]
         if errors[0] is not None and all(errors):
             raise errors[0]

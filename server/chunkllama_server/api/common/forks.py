@@ -124,23 +124,24 @@ class ForkStream(JoinedStream):
         merger = Merger()
         merger.add(self._threads[0].stream.pieces())
         async with aclosing(merger.outputs()) as outputs:
-            async for number, pieces in outputs:
-                thread = self._threads[number]
-                for piece in pieces:
+            async for batch in outputs:
+                shown = []
+                for number, piece in ((n, piece) for n, pieces in batch for piece in pieces):
+                    thread = self._threads[number]
                     thread.text += piece.text
                     thread.finish_reason = piece.finish_reason or thread.finish_reason
                     for branch in self._add(thread, piece.token_ids):
                         merger.add(_until_ended(branch.stream))
-                yield [
-                    OutputDelta(
-                        0,
-                        text=piece.text,
-                        reasoning=piece.reasoning,
-                        token_ids=piece.token_ids,
-                        branch=number or None,
+                    shown.append(
+                        OutputDelta(
+                            0,
+                            text=piece.text,
+                            reasoning=piece.reasoning,
+                            token_ids=piece.token_ids,
+                            branch=number or None,
+                        )
                     )
-                    for piece in pieces
-                ]
+                yield shown
         root = self._threads[0]
         text = root.whole_text(self._tokenizer)
         yield [OutputDelta(0, finish_reason=root.finish_reason, whole_text=text)]

@@ -9,6 +9,9 @@ from contextlib import aclosing
 from chunkllama.text.output_processor import OutputDelta
 
 Pieces = AsyncGenerator[list[OutputDelta], None]
+# Lists of pieces with the number of their stream: what has come since the last time, which is what
+# one step brings several streams. To handle each by itself costs more than to make it.
+Batches = AsyncGenerator[list[tuple[int, list[OutputDelta]]], None]
 
 # Streams that run at once, so that the prompts of one request do not fill the engine's queue.
 MAX_AT_ONCE = 64
@@ -20,7 +23,7 @@ class Merger:
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
         self._queue: asyncio.Queue[tuple[int, list[OutputDelta] | Exception | None]] = (
-            asyncio.Queue(maxsize=1)
+            asyncio.Queue(maxsize=2 * MAX_AT_ONCE)  # what a step brings, and ends
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -37,37 +40,47 @@ class Merger:
         except Exception as error:
             await self._queue.put((number, error))
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
-        """Yield lists of pieces with the number of their stream, until all have ended.
+    async def outputs(self) -> Batches:
+        """Yield what has come, at least one list of pieces at a time, until all streams have ended.
 
-        The error of one stream ends all; closing the generator closes them.
+        The error of one stream ends all, after what came before it; closing the generator closes
+        them.
         """
         num_ended = 0
         try:
             while num_ended < len(self._tasks):
-                number, item = await self._queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    num_ended += 1
-                else:
-                    yield number, item
+                items = [await self._queue.get()]
+                while not self._queue.empty():
+                    items.append(self._queue.get_nowait())
+                batch, error = [], None
+                for number, item in items:
+                    if isinstance(item, Exception):
+                        error = item
+                        break
+                    if item is None:
+                        num_ended += 1
+                    else:
+                        batch.append((number, item))
+                if batch:
+                    yield batch
+                if error is not None:
+                    raise error
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def merged(streams: Sequence[Pieces]) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
+async def merged(streams: Sequence[Pieces]) -> Batches:
     """Yield the output of streams that are all known, as ``Merger.outputs`` does."""
     if len(streams) == 1:  # without a task
         async with aclosing(streams[0]) as only:
             async for pieces in only:
-                yield 0, pieces
+                yield [(0, pieces)]
         return
     merger = Merger()
     for stream in streams:
         merger.add(stream)
     async with aclosing(merger.outputs()) as outputs:
-        async for output in outputs:
-            yield output
+        async for batch in outputs:
+            yield batch

@@ -138,20 +138,21 @@ class CompletionAnswer:
         continuous = options is not None and bool(options.continuous_usage_stats)
         begun: dict[tuple[int, int], TextOffsets] = {}
         async with aclosing(merged([g.pieces() for g in self.generations])) as outputs:
-            async for number, pieces in outputs:
-                if (number, 0) not in begun:
-                    pieces = self._with_starts(pieces)
+            async for batch in outputs:
                 events = []
-                for piece in pieces:
-                    key = (number, piece.index)
-                    is_first = key not in begun
-                    if is_first:
-                        begun[key] = self._offsets(number)
-                    choice = self._choice(number, piece, begun[key], is_first=is_first)
-                    chunk = self._completion([choice])
-                    if wants_usage:
-                        chunk["usage"] = self.usage() if continuous else None
-                    events.append(sse(chunk))
+                for number, pieces in batch:
+                    if (number, 0) not in begun:
+                        pieces = self._with_starts(pieces)
+                    for piece in pieces:
+                        key = (number, piece.index)
+                        is_first = key not in begun
+                        if is_first:
+                            begun[key] = self._offsets(number)
+                        choice = self._choice(number, piece, begun[key], is_first=is_first)
+                        chunk = self._completion([choice])
+                        if wants_usage:
+                            chunk["usage"] = self.usage() if continuous else None
+                        events.append(sse(chunk))
                 if events:  # of one step: to send each by itself costs more than to make it
                     yield b"".join(events)
         if wants_usage:
