@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -309,10 +310,29 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: the grammar does not compile.
         """
-        if spec.is_json:
-            self._search(_answer_spec(spec))
-        elif spec.kind != "any":
-            self._compile(_answer_spec(spec))
+        self._prepare(spec)
+
+    def _prepare(self, spec: GrammarSpec) -> _Compiled | None:
+        if spec.kind == "any":
+            return None
+        compiled = self._compile(_answer_spec(spec))
+        if spec.is_json and compiled.search is None:
+            self._find_ends(spec, compiled)
+        return compiled
+
+    def maker(self, spec: GrammarSpec, max_tokens: int | None) -> Callable[[], Matcher] | None:
+        """Return what makes a matcher as ``matcher`` does, but compiles nothing, however many other
+        grammars come meanwhile; None if not all is there that ``prepare`` makes.
+        """
+        compiled = None
+        if spec.kind != "any":
+            with self._lock:
+                compiled = self._compiled.get(_answer_spec(spec))
+                if compiled is not None:
+                    self._compiled.move_to_end(_answer_spec(spec))
+            if compiled is None or (spec.is_json and compiled.search is None):
+                return None
+        return lambda: self._make(spec, compiled, [], max_tokens)
 
     def matcher(
         self, spec: GrammarSpec, output_token_ids: list[int], max_tokens: int | None = None
@@ -325,11 +345,26 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: the grammar does not compile, or the tokens do not follow it.
         """
+        is_closed = max_tokens is not None and spec.is_json
+        if is_closed or spec.kind == "any":
+            compiled = self._prepare(spec)
+        else:
+            compiled = self._compile(_answer_spec(spec))
+        return self._make(spec, compiled, output_token_ids, max_tokens)
+
+    def _make(
+        self,
+        spec: GrammarSpec,
+        compiled: _Compiled | None,
+        output_token_ids: list[int],
+        max_tokens: int | None,
+    ) -> Matcher:
         answer: GrammarMatcher | ClosingMatcher | None = None
-        if spec.kind != "any":
-            answer = self._compile(_answer_spec(spec)).matcher.copy()
+        if compiled is not None:
+            answer = compiled.matcher.copy()
             if max_tokens is not None and spec.is_json:
-                answer = ClosingMatcher(answer, max_tokens, self._search(_answer_spec(spec)))
+                assert compiled.search is not None
+                answer = ClosingMatcher(answer, max_tokens, compiled.search)
         matcher: Matcher
         if spec.thinking is None:
             assert answer is not None, "a grammar of kind any bounds thoughts"
@@ -345,16 +380,14 @@ class GrammarCompiler:
     def _token_bytes(self, token_id: int) -> bytes:
         return bytes(self._tokenizer.decode_bytes([token_id]))
 
-    def _search(self, spec: GrammarSpec) -> EndSearch:
-        compiled = self._compile(spec)
+    def _find_ends(self, spec: GrammarSpec, compiled: _Compiled) -> None:
         if self._end_tokens is None:
             size = self._tokenizer.vocab_size
             self._end_tokens = EndTokens(
                 self._token_bytes, self._tokenizer.tokenize_bytes, size, self._eos_token_ids
             )
-        if compiled.search is None:
-            compiled.search = EndSearch(compiled.matcher.copy(), self._end_tokens, end_texts(spec))
-        return compiled.search
+        texts = end_texts(_answer_spec(spec))
+        compiled.search = EndSearch(compiled.matcher.copy(), self._end_tokens, texts)
 
     def _compile(self, spec: GrammarSpec) -> _Compiled:
         with self._lock:

@@ -207,10 +207,10 @@ class ModelRunner:
         def make() -> Matcher:
             return self._grammar_compiler().matcher(grammar, tokens, max_tokens)
 
-        if tokens or self._grammars is None or not self._grammars.has(grammar):
+        if self._grammars is not None and not tokens:
+            state.new_matcher = self._grammars.maker(grammar, max_tokens)
+        if state.new_matcher is None:
             state.pending_matcher = self._compile_thread.submit(make)
-        else:
-            state.new_matcher = make
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Built when the engine is idle first, or with the first grammar."""

@@ -218,6 +218,24 @@ def test_the_vocabulary_is_read_before_a_matcher_is_made(tokenizer):
     assert compiler.has(JSON)
 
 
+def test_a_matcher_is_made_without_compiling_once_its_grammar_is_held(tokenizer, monkeypatch):
+    """Others may push it out before the first mask, which a thread makes that all share."""
+    monkeypatch.setattr("chunkllama.engine.grammar._MAX_COMPILED", 2)
+    compiler = GrammarCompiler(tokenizer.to_json(), VOCAB, [EOS])
+    assert compiler.maker(JSON, 40) is None
+    compiler.prepare(JSON)
+    make = compiler.maker(JSON, 40)
+    for text in ("a", "b", "c"):
+        compiler.prepare(GrammarSpec(kind="regex", text=text))
+    assert not compiler.has(JSON) and compiler.maker(JSON, 40) is None
+    monkeypatch.setattr("llguidance.LLMatcher", None)
+    matcher = make()
+    assert isinstance(matcher, ClosingMatcher)
+    mask = np.zeros(-(-VOCAB // 32), np.int32)
+    matcher.fill_mask(mask)
+    assert mask.any() and not matcher.error
+
+
 def test_thoughts_count(compiler, tokenizer):
     end = tuple(tokenizer.encode("</think>"))
     thinking = ThinkingSpec(is_open=True, start_token_id=None, end="</think>", end_token_ids=end)
