@@ -4,8 +4,10 @@ tiktoken), and what tokenizer_config.json and others add to it. Imports no torch
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +29,11 @@ _NAMED_TOKENS: Final = (
 
 # Characters that a normalizer may make of one; NFKD, which makes most, makes 18.
 _MOST_GROWTH: Final = 64
+# A regular expression of one alternative that begins with a character it needs: it matches no "".
+_ONE: Final = re.compile(
+    r"(?:\[\^?\]?(?:\\.|[^\]\\])*\]|\\[sSdDwW]|\\[pP]\{\w+\}|[^\\\[\](){}.*+?^$|])(?![*?]|\{[0,])[^|]*\Z",
+    re.DOTALL,
+)
 _MOST_AROUND: Final = 64  # tokens that a post-processor may put around a text
 
 
@@ -114,24 +121,33 @@ def _load_json(
     if (growth := _growth(normalizer)) > _MOST_GROWTH:
         raise ConfigError(
             f"{path}: the normalizer may make {min(growth, 10**9)} characters of one, at most "
-            f"{_MOST_GROWTH} are accepted; download the file again"
+            f"{_MOST_GROWTH} are accepted; use another tokenizer file"
         )
     return backend
 
 
 def _growth(step: dict[str, Any]) -> int:
     """Return the characters that a step of a normalizer makes of one, at most; those of Unicode's
-    forms and of a table of characters are not counted."""
+    forms are not counted."""
     match step.get("type"):
         case "Sequence":
             return math.prod(_growth(each) for each in step["normalizers"])
         case "Prepend":
             return 1 + len(step["prepend"])
         case "Replace":
-            found = len(step["pattern"].get("String", ""))  # a regular expression may match ""
-            made = len(step["content"])
+            pattern, made = step["pattern"], len(step["content"])
+            found = len(pattern.get("String", "")) or bool(_ONE.match(pattern.get("Regex", "")))
             return max(-(-made // found), 1) if found else 1 + made
+        case "Precompiled":
+            return _longest_text(base64.b64decode(step["precompiled_charsmap"]))
     return 1
+
+
+def _longest_text(table: bytes) -> int:
+    """Return the characters of the longest text in sentencepiece's table of characters: the length
+    of a trie as u32, the trie, and the texts, each followed by a zero."""
+    end = 4 + int.from_bytes(table[:4], "little")
+    return max((len(text.decode(errors="replace")) for text in table[end:].split(b"\0")), default=1)
 
 
 def read_json(path: Path) -> dict[str, Any]:

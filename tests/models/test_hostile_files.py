@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -158,6 +159,13 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, object]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def _precompiled(*texts: str) -> dict[str, object]:
+    """Sentencepiece's table of characters, with a trie in which none is found."""
+    table = (1024).to_bytes(4, "little") + bytes(1024)
+    table += b"".join(text.encode() + b"\0" for text in texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -167,8 +175,15 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, object]:
         [_replace({"String": " "}, "x" * 65)],
         [{"type": "Prepend", "prepend": "a" * 64}],
         [{"type": "Prepend", "prepend": "a"}] * 7,
+        [_replace({"Regex": " *"}, "x")] * 7,
+        [_replace({"Regex": "a|"}, "x")] * 7,
+        [_replace({"Regex": "(?=a)"}, "x")] * 7,
+        [_precompiled("fine", "x" * 65)],
     ],
-    ids=["doubled", "nested", "between", "replaced", "prepended", "each prepended"],
+    ids=[
+        *("doubled", "nested", "between", "replaced", "prepended", "each prepended"),
+        *("blanks or none", "a letter or none", "before a letter", "by a table"),
+    ],
 )
 def test_normalizers_that_lengthen_texts_without_bound_are_refused(steps, folder: Path) -> None:
     """Twenty of the first kind make a megabyte of one letter."""
@@ -181,6 +196,11 @@ def test_normalizers_of_models_are_accepted(folder: Path) -> None:
     space = _replace({"String": " "}, "\u2581")
     _normalized_by(folder, {"type": "Prepend", "prepend": "\u2581"}, space, {"type": "NFKC"})
     assert load_tokenizer(folder).encode("a b")
+    regexes = (" {2,}", r"\s+", r"[\n\r]+", r"[^\]a]", "\u200b", r"\p{Zs}{1,9}", "''")
+    _normalized_by(folder, *(_replace({"Regex": regex}, " ") for regex in regexes))
+    assert load_tokenizer(folder).encode("a b")
+    _normalized_by(folder, _precompiled("a", "\u00e9" * 64))  # of two bytes each
+    load_tokenizer(folder)
 
 
 def test_a_post_processor_that_puts_thousands_of_tokens_around_a_text_is_refused(folder) -> None:
