@@ -71,7 +71,6 @@ class StepSampler:
                 states[piece.slot].drafts = piece.token_ids[-piece.num_drafts :].tolist()
         self._take_best = all(takes_best(states[slot].sampling) for slot in asked)
         if self._take_best:
-            self._masks.start(())  # nothing that an earlier step began is waited for
             return
         for slot in asked:
             _settle_matcher(states[slot])

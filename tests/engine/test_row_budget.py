@@ -286,6 +286,37 @@ def test_a_late_mask_is_not_waited_for(tiny_core: MakeCore, run) -> None:
     assert reference.outputs[expected] == engine.outputs[slow]
 
 
+def test_a_mask_that_an_earlier_step_began_is_not_waited_for(
+    tiny_core: MakeCore, run, monkeypatch
+) -> None:
+    """Its request has gone, and the others need no masks."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Matcher(_AnyText):
+        def fill_mask(self, mask: np.ndarray) -> None:
+            begun.set()
+            assert release.wait(60)
+            super().fill_mask(mask)
+
+    core = tiny_core(num_chunks=64)
+    give_matchers(core, Matcher)
+    engine = run(core)
+    victim = engine.add(PROMPT, 30)
+    engine.step()
+    slow = engine.add([7, 8, 9], 4, logprobs=0)
+    waits: list[object] = []
+    monkeypatch.setattr("chunkllama.engine.mask_threads.wait", lambda *what: waits.append(what))
+    engine.step()
+    assert begun.wait(60) and waits
+    core.abort(slow)
+    waits.clear()
+    for _ in range(5):
+        engine.step()
+    assert waits == []
+    assert len(engine.outputs[victim]) == 7
+    release.set()
+
+
 def test_matchers_of_choices_are_made_as_their_rows_are_sampled(tiny_core: MakeCore, run) -> None:
     """Each copies the state of the grammar: the step that starts 16 choices copies one."""
     made: list[_AnyText] = []
