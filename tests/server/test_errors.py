@@ -145,6 +145,7 @@ REFUSED = [
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 1025}, "cache_salt"),
     ({"prompt_cache_options": {"ttl": "forever"}}, "prompt_cache_options.ttl"),
+    ({"prompt_cache_options": {"ttl": "\u0663\u0660m"}}, "prompt_cache_options.ttl"),
     ({"prompt_cache_options": {"ttl": "999h"}}, "prompt_cache_options.ttl"),
     ({"prompt_cache_options": {"mode": "never"}}, "prompt_cache_options.mode"),
     ({"prompt_cache_retention": "48h"}, "prompt_cache_retention"),

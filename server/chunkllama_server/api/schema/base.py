@@ -172,7 +172,7 @@ class PromptCacheOptions(RequestModel):
     )
     ttl: str | None = Field(
         default=None,
-        pattern=r"^\d{1,5}[smh]$",
+        pattern=r"^[0-9]{1,5}[smh]$",
         description='Honoured: the least time the prefix is kept, e.g. "30m" (the only value in '
         "strict mode), inside the server's pin budget.",
     )

@@ -31,7 +31,7 @@ class PinRequest(ExplainRequest):
         description="Honoured: whose prompt it is; absent pins it for all tenants.",
     )
     ttl: str = Field(
-        pattern=r"^\d{1,5}[smh]$", description='Honoured: how long it is kept, e.g. "30m".'
+        pattern=r"^[0-9]{1,5}[smh]$", description='Honoured: how long it is kept, e.g. "30m".'
     )
 
 
