@@ -133,7 +133,7 @@ class ClusterEngineClient(CommandsToAll):
                 case Beat():
                     self._take_beat(replica, item)
                 case Spent() | Dropped():
-                    self._hear(item)
+                    self._receive_news(item)
                 case Ended():
                     self.lose(channel, item.reason, set(item.running))
                     return

@@ -136,7 +136,7 @@ class CommandsToAll(MessageClient):
         if spent := self.take_spent():
             channel.send([Spent(tenants=spent)])
 
-    def _hear(self, news: Spent | Dropped) -> None:
+    def _receive_news(self, news: Spent | Dropped) -> None:
         """Take what a front end, perhaps this one, has told all of them through a replica."""
         if isinstance(news, Spent):
             self.on_spent(news.tenants)

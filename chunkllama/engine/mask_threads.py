@@ -38,7 +38,7 @@ class MaskThreads:
         self._words = -(-vocab_size // 32)
         self._eos_token_ids = tuple(eos_token_ids)
         self._clock = clock
-        self._begun: Future[None] | None = None  # of the last start's quick masks
+        self._quick_task: Future[None] | None = None  # of the last start's quick masks
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-mask")
         self._slow = ThreadPoolExecutor(1, "grammar-slow-mask", lower_priority)
 
@@ -53,7 +53,7 @@ class MaskThreads:
             and s.mask_task is None
         ]
         quick = [s for s in missing if s.slowest_mask <= SLOW_SECONDS]
-        self._begun = self._submit(self._quick, quick) if quick else None
+        self._quick_task = self._submit(self._quick, quick) if quick else None
         for state in missing:
             if state.slowest_mask > SLOW_SECONDS:
                 self._submit(self._slow, [state])
@@ -109,8 +109,8 @@ class MaskThreads:
         What an earlier one began is slow, though no measurement says so yet. A sequence whose
         grammar raised an error has failed instead of having a mask.
         """
-        if self._begun is not None:
-            wait({self._begun}, seconds)
+        if self._quick_task is not None:
+            wait({self._quick_task}, seconds)
 
     def wait_for_all(self, states: Iterable[SequenceState]) -> None:
         """Wait for the masks of ``states`` that are being computed, however long they take."""

@@ -364,7 +364,7 @@ class Scheduler:
             prompt_token_ids, namespace, tenant, self._cache, self._limits, adapter
         )
         tokens = self._pace.tokens_in(self._clock() - begun)
-        self._lifecycle.accounts.charge_beside(tenant, tokens)
+        self._lifecycle.accounts.charge_other_work(tenant, tokens)
         return explanation
 
     def cache_command(self, command: CacheCommand) -> CommandReply:

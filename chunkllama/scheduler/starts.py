@@ -147,7 +147,7 @@ class Starts:
             tokens = min(
                 self._pace.tokens_in(read.seconds), read.num_added * self._cache.chunk_size
             )
-            self._lifecycle.accounts.charge_beside(self._reads.pop(read), tokens)
+            self._lifecycle.accounts.charge_other_work(self._reads.pop(read), tokens)
 
     def _waits_for_leader(self, sequence: Sequence, match: Match) -> bool:
         """Whether waiting saves enough; parks it until the chunk is computed or abandoned."""

@@ -185,7 +185,7 @@ class TenantAccounts:
         account.clock += virtual_tokens / account.weight
         self.total_charged += virtual_tokens
 
-    def charge_beside(self, tenant: str, tokens: float) -> None:
+    def charge_other_work(self, tenant: str, tokens: float) -> None:
         """Charge what was done for a tenant between steps, by the tokens that take as long to
         compute: chunks that were read, or a match that was explained.
 
