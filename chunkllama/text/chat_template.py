@@ -195,11 +195,19 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequestError("messages must not be empty", "messages")
         chat = [_aliased({k: v for k, v in m.items() if v is not None}) for m in messages]
+        last = chat[-1]
         final = _mark_final(chat) if continue_final_message else ""
         text = self._fill(chat, tools, template_kwargs, add_generation_prompt)
+        if continue_final_message and final.strip() not in text:
+            # Some templates drop all before the end of a thought, here what is to be continued.
+            chat[-1] = last
+            _mark_final(chat, stands_for_text=True)
+            text = self._fill(chat, tools, template_kwargs, add_generation_prompt)
+            before, tag, after = text.rpartition(_CONTINUE.strip())
+            text = f"{before}{final if tag else ''}{tag}{after}"
         if require_all_text:
             check_all_text(chat, text)
-        return _cut_final(text, final) if continue_final_message else text
+        return _cut_final(text) if continue_final_message else text
 
     def _fill(
         self,
@@ -348,29 +356,31 @@ def _aliased(message: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": found, **message, "reasoning_content": found}
 
 
-def _mark_final(chat: list[dict[str, Any]]) -> str:
-    """Append the tag after which the rendered prompt is cut to the last message; returns that
-    message's text."""
+def _mark_final(chat: list[dict[str, Any]], *, stands_for_text: bool = False) -> str:
+    """Append the tag before which the rendered prompt is cut to the last message, or put it in the
+    place of its text; returns that message's text."""
     content = chat[-1].get("content")
     if isinstance(content, list):
         for index in range(len(content) - 1, -1, -1):
             if "text" in content[index]:
                 text = str(content[index]["text"])
                 content = [*content]
-                content[index] = {**content[index], "text": text + _CONTINUE}
+                marked = _CONTINUE if stands_for_text else text + _CONTINUE
+                content[index] = {**content[index], "text": marked}
                 chat[-1] = {**chat[-1], "content": content}
                 return text
     elif isinstance(content, str):
-        chat[-1] = {**chat[-1], "content": content + _CONTINUE}
+        marked = _CONTINUE if stands_for_text else content + _CONTINUE
+        chat[-1] = {**chat[-1], "content": marked}
         return content
     raise InvalidRequestError(
         "continue_final_message needs text in the last message", "continue_final_message"
     )
 
 
-def _cut_final(text: str, final: str) -> str:
+def _cut_final(text: str) -> str:
     tag = text.rfind(_CONTINUE.strip())
-    if tag < 0 or final.strip() not in text:
+    if tag < 0:
         raise InvalidRequestError(
             "the chat template drops the last message's text, so it cannot be continued",
             "continue_final_message",

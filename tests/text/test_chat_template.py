@@ -85,6 +85,23 @@ def test_continuing_the_last_message_equals_transformers(kind, folders, texts):
         assert ours == expected
 
 
+@pytest.mark.parametrize("content", ["It is <think>a</think>", "It is <think>a</think>\n\nso"])
+def test_what_a_template_would_drop_of_the_last_message_is_continued(content, folders):
+    """DeepSeek's templates drop all before the end of a thought, which begins none of these."""
+    tokenizer, _ = load(folders["chatml"])
+    template = ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}",
+        tokenizer,
+    )
+    for text in (content, f"<|im_end|>{content}"):
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        options = {"add_generation_prompt": False, "continue_final_message": True}
+        assert template.render(chat, **options).endswith(f"<|im_start|>assistant\n{text}")
+        ids = template.encode(chat, **options)
+        assert ids.count(tokenizer.token_id("<|im_end|>")) == 1, "that of the user's message"
+
+
 def test_tools_reach_the_template(folders):
     from transformers import AutoTokenizer
 
