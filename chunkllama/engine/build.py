@@ -80,8 +80,7 @@ def build_engine(
     except BaseException:
         step_model.close()
         raise
-    attention = step_model.attention
-    attention.backend.settle(attention.kv)  # no request pays for it, and memory in use is known
+    step_model.backend.settle(step_model.kv)  # no request pays for it, and memory in use is known
     logger.info(
         "engine ready in %.1f s: %s, %s on %s (%s backend%s), %d chunks of %d tokens (%d MiB, %s): "
         "requests of up to %d tokens, %d of that length at once",
