@@ -292,7 +292,8 @@ class SchedulerConfig(ConfigGroup):
         1.5, "times", "tenant", "waits",
         "How many times as long the work of one tenant may make the steps of the others on "
         "average, with policy fair: one that wants over twice what the others want (their lower "
-        "median) computes some tokens in a part of the steps. At least 1; 0 is no bound.",
+        "median) computes some tokens in a part of the steps. At least 1; 0 is no bound, nor is "
+        "there one for the steps that a first token beside a tenant's flood waits for.",
         ge=0, le=1000,
     )  # fmt: skip
     max_step_seconds: float = limit(

@@ -111,16 +111,24 @@ def check_places(tenant: str, limits: SchedulerLimits, lifecycle: SequenceLifecy
     free = limits.max_num_seqs + limits.max_waiting - total
     own, most = account.num_requests, _most_waiting(account.limits, limits)
     if free <= 0:
-        reason = f"{total} requests are running or waiting, the most this server accepts"
+        reason = (
+            f"{total} requests are running or waiting, and the server takes no more (max_waiting)"
+        )
     elif most is None and tenant and own - limits.max_num_seqs >= free:
-        reason = f"{own} requests of this API key are running or waiting, its share of the queue"
+        reason = (
+            f"{own} requests of this API key are running or waiting, and it may have "
+            f"{limits.max_num_seqs + free}: as many as are free of max_waiting may wait"
+        )
     elif most is not None and account.num_waiting - _num_starting(account, lifecycle) >= most:
-        reason = f"{account.num_waiting} requests of this API key are waiting, it may have {most}"
+        reason = (
+            f"{account.num_waiting} requests of this API key are waiting, and it may have {most} "
+            "(max_queued_requests, queue_share)"
+        )
     else:
         return
     admission = lifecycle.admission
     raise OverloadedError(
-        f"{reason}; try again later",
+        f"{reason}; try again when some have ended",
         admission.drain.seconds_for(lifecycle.waiting.num_chunks),
     )
 

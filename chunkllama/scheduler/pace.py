@@ -26,9 +26,8 @@ cost little, as on a GPU, the credit pays for all of them.
 A first token waits for the step in progress, and so does the next token of each stream. So the
 prompts of every step are cut where it would take longer than ``max_step_seconds`` (where several
 tenants have work, than ``SEVERAL_SHARE`` of it), and than ``WEIGHTS_SHARE`` steps of one token,
-which mostly read the weights. Prompts in the background have
-``BACKGROUND_SHARE`` of that time: they compute in the gaps, where the next first token waits for
-them.
+which mostly read the weights. Prompts in the background have ``BACKGROUND_SHARE`` of that time: the
+next first token waits for them.
 """
 
 from __future__ import annotations
@@ -83,6 +82,9 @@ class Pace:
 
     Args:
         clock: monotonic seconds.
+
+    Attributes:
+        started, last_seconds: of this step, and of the last one that ran the model.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Pace:
         self._all_times = StepTimes()
         self._credits: dict[str, _Credit] = {}
         self._num_paced = 0
-        self._started = 0.0
+        self.started = self.last_seconds = 0.0
         self._level = 0.0  # tokens of a share for a weight of 1; 0: the step is not paced
         self._light_seconds = 0.0
         self._usual_price: float | None = None  # the last one measured
@@ -126,7 +128,7 @@ class Pace:
     def begin_step(self) -> int:
         """Begin to put a step together; returns the tokens it may have."""
         self.lift()
-        self._started = self._clock()
+        self.started = self._clock()
         self._budget = self._largest
         if self._step_seconds and self._all_times.are_known:
             self._cut_prompts()
@@ -185,6 +187,11 @@ class Pace:
         limits = {t: 0 if is_due else self._affordable(t, n) for t, n in paid.items()}
         self._free = free.keys()
         self._limit({t: most for t, most in limits.items() if most < paid[t]})
+
+    def limit_alone(self, tenant: str, seconds: float) -> None:
+        """Limit a tenant that fills the step to what a step of that time computes."""
+        if self._is_on and (most := self._all_times.most(seconds, self._budget)) < self._budget:
+            self._limit({tenant: most})
 
     def lift(self) -> bool:
         """Take the limits back; returns whether there were any."""
@@ -308,10 +315,10 @@ class Pace:
 
     def may_start(self, sequence: Sequence) -> bool:
         """Tell whether a waiting sequence may have a token of the step."""
-        if not self._level or self._is_free(sequence):
-            return True
         tenant = sequence.tenant
-        if tenant not in self._left and tenant not in self._wanted:
+        if self._is_free(sequence):
+            return True
+        if self._level and tenant not in self._left and tenant not in self._wanted:
             least = LIKE * self._share(tenant)
             if least >= self._budget:  # of the whole step
                 return True
@@ -358,8 +365,9 @@ class Pace:
     def end_step(self) -> None:
         """Take in the time of the step in flight."""
         tokens, light = self._tokens, self._num_free_tokens
-        if not (tokens or light) or (seconds := self._clock() - self._started) <= 0.0:
+        if not (tokens or light) or (seconds := self._clock() - self.started) <= 0.0:
             return
+        self.last_seconds = seconds
         light += sum(tokens.values())
         self._all_times.add(light, seconds)
         heavy = {

@@ -78,7 +78,7 @@ class Scheduler:
         self._pace = Pace(self._lifecycle, limits, clock)
         self._starts = Starts(self._lifecycle, cache, limits, self._pace, self._take_slice)
         self.drafts = Drafts(limits, self._lifecycle, cache.chunk_size, clock)
-        self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks)
+        self._first_tokens = FirstTokens(self._lifecycle, limits, self._starts.clocks, self._pace)
         self._arrivals = 0
         self._step = 0
         self._in_flight: SchedulerOutput | None = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import pytest
 
 from chunkllama.simulation.cost_model import DEFAULT_COST, StepCost
 from chunkllama.simulation.engine import SimulatedEngine, make_limits
-from chunkllama.simulation.replay import Replay
+from chunkllama.simulation.replay import Outcome, Replay
 from chunkllama.simulation.trace import TraceRequest
 from chunkllama.tenant_limits import TenantLimits, TenantTable
 
@@ -22,10 +23,14 @@ def tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(1000) for _ in range(count)]
 
 
-def replay(
-    flood: tuple[int, int, int] | None, cost: StepCost = DEFAULT_COST, **limits: float
-) -> list[float]:
-    """Seconds to the first token of 12 probes of tenant b beside a flood of tenant a.
+def outcomes_beside(
+    flood: tuple[int, int, int] | None,
+    cost: StepCost = DEFAULT_COST,
+    *,
+    num_probes: int = 12,
+    **limits: float,
+) -> list[Outcome]:
+    """What becomes of probes of tenant b beside a flood of tenant a.
 
     Args:
         flood: requests, prompt and output tokens; all arrive at once.
@@ -42,35 +47,73 @@ def replay(
     count, length, output = flood or (0, 0, 0)
     for _ in range(count):
         add(1.0, "a", tokens(rng, length), output)
-    for number in range(12):
+    for number in range(num_probes):
         add(2.0 + 0.513 * number, "b", system + tokens(rng, 8), 4)
     run = Replay(replace(LIMITS, **limits), 400, SIZE, cost.seconds, check=True)
-    outcomes = run.run(requests).outcomes
+    return run.run(requests).outcomes
+
+
+def replay(
+    flood: tuple[int, int, int] | None, cost: StepCost = DEFAULT_COST, **settings: Any
+) -> list[float]:
+    """Seconds to the first token of the probes; the flood lasts until the last one arrives."""
+    outcomes = outcomes_beside(flood, cost, **settings)
     probes = [each for each in outcomes if each.request.tenant == "b"][1:]
-    assert {each.cached_tokens for each in probes} == {10 * SIZE}
+    assert {each.cached_tokens // SIZE for each in probes} == {10}
     ends = [each.ended_at for each in outcomes if each.request.tenant == "a"]
     assert flood is None or max(ends) > probes[-1].request.at, "the flood was over too early"
     return [each.first_token_seconds for each in probes]
 
 
-@pytest.mark.parametrize(
-    ("flood", "ratio"), [((200, 100, 60), 2.79), ((20, 3000, 4), 4.58)], ids=["short", "long"]
-)
-def test_the_first_token_beside_a_flood(flood: tuple[int, int, int], ratio: float) -> None:
-    """Its median over the one without the flood, by the built-in cost of a step.
+def seconds_of(tenant: str, outcomes: list[Outcome]) -> float:
+    """Seconds from the tenant's first request to its last token."""
+    own = [each for each in outcomes if each.request.tenant == tenant]
+    return max(each.ended_at for each in own) - own[0].request.at
 
-    Most of it is the rest of the step in progress when the probe arrives.
-    """
-    assert round(median(replay(flood)) / median(replay(None)), 2) == ratio
+
+@pytest.mark.parametrize(
+    ("flood", "slowdown", "ratio"),
+    [
+        ((500, 100, 60), 0, 3.8),
+        ((500, 100, 60), 1.5, 1.96),
+        ((60, 3000, 4), 0, 5.67),
+        ((60, 3000, 4), 1.5, 1.81),
+    ],
+)
+def test_the_first_token_beside_a_flood(
+    flood: tuple[int, int, int], slowdown: float, ratio: float
+) -> None:
+    """Its median over the one without the flood: at most 2, but where nothing bounds the waits."""
+    limits = {"max_tenant_slowdown": slowdown, "max_step_seconds": 0.15}
+    alone = median(replay(None, num_probes=40))
+    assert round(median(replay(flood, num_probes=40, **limits)) / alone, 2) == ratio
+    assert slowdown == 0 or ratio <= 2
+
+
+@pytest.mark.parametrize(
+    ("flood", "times"), [((200, 100, 60), 1.3), ((60, 3000, 4), 1.25)], ids=["short", "long"]
+)
+def test_what_the_short_waits_cost_the_flood(flood: tuple[int, int, int], times: float) -> None:
+    """Its time with 12 probes, which end 10 seconds before the bound does, over that without."""
+    without = outcomes_beside(flood, num_probes=0)
+    assert round(seconds_of("a", outcomes_beside(flood)) / seconds_of("a", without), 2) == times
+
+
+def test_a_tenant_whose_requests_all_run_has_steps_of_any_time() -> None:
+    """Between the other's requests; what remains is the bound beside them."""
+    flood = (5, 3000, 200)
+    beside = outcomes_beside(flood)
+    unbounded = outcomes_beside(flood, max_tenant_slowdown=0.0)
+    assert round(seconds_of("a", beside) / seconds_of("a", unbounded), 2) == 1.03
 
 
 @pytest.mark.parametrize(
     ("flood", "slowdown", "seconds", "ratio"),
     [
         ((200, 100, 60), 0, 0, 12.27),
-        ((200, 100, 60), 1.5, 0.1, 3.33),
+        ((200, 100, 60), 1.5, 0.1, 1.77),
         ((20, 3000, 4), 0, 0, 12.91),
-        ((20, 3000, 4), 1.5, 0.1, 3.11),
+        ((20, 3000, 4), 1.5, 0.1, 1.73),
     ],
 )
 def test_the_first_token_where_prompts_take_long(

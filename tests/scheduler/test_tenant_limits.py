@@ -83,13 +83,21 @@ def test_queued_requests(limits: TenantLimits, accepted: int, started: bool) -> 
     rng = random.Random(2)
     run = engine({"a": limits}, max_waiting=40)
     count = 0
-    with pytest.raises(OverloadedError):
+    with pytest.raises(OverloadedError) as refused:
         while True:
             run.add(prompt(rng), 50, tenant="a", namespace="a")
             count += 1
             if started:
                 run.step()
     assert count == accepted
+    assert "try again when some have ended" in str(refused.value)
+    if limits == NO_LIMITS:
+        assert (
+            "28 requests of this API key are running or waiting, and it may have 28: as many"
+            in (str(refused.value))
+        )
+    elif accepted < 48:
+        assert "(max_queued_requests, queue_share)" in str(refused.value)
     if accepted < 48:
         run.add(prompt(rng), 1, tenant="b", namespace="b")
 

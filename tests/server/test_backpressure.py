@@ -41,10 +41,14 @@ def waiting_of(server) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     ("limit", "fields", "what"),
     [
-        ({"max_waiting_tokens": 150}, {"n": 3}, "180 prompt tokens are waiting"),
+        ({"max_waiting_tokens": 150}, {"n": 3}, "180 prompt tokens are waiting, and the"),
         ({"max_waiting_tokens": 60}, {}, "60 prompt tokens are waiting"),
         ({"max_waiting_chunks": 5}, {"n": 5, "max_tokens": 9}, "6 chunks are needed"),
-        ({"max_num_seqs": 1, "max_waiting": 0}, {}, "1 sequences are running"),
+        (
+            {"max_num_seqs": 1, "max_waiting": 0},
+            {},
+            "1 sequences are running or waiting, and the server takes 1 (max_waiting)",
+        ),
     ],
 )
 def test_a_full_queue_is_429_with_the_time_to_wait(start_server, limit, fields, what) -> None:

@@ -43,6 +43,9 @@ _RETRY_AFTER = 2  # before anything has ended
 _RETRY_QUESTION = 1
 _MAX_RETRY_AFTER = 30
 _EXPECTED_TOKENS = 256  # of an answer whose length is not known
+_SEQUENCES = ("max_waiting", "sequences are running or waiting")
+_TOKENS = ("max_waiting_tokens", "prompt tokens are waiting")
+_CHUNKS = ("max_waiting_chunks", "chunks are needed by waiting requests")
 _RATE_WINDOW = 64
 
 
@@ -269,40 +272,34 @@ class ChargedEngine:
         limits = self._limits
         own = self._by_tenant.get(tenant, _Charge())
         share = self._queue_share(tenant) if tenant else None
-        for present, mine, running, waiting, what in (
-            (
-                self.num_sequences,
-                own.sequences,
-                self._max_running,
-                self._max_waiting,
-                "sequences are running or waiting",
-            ),
-            (self.tokens_waiting, own.tokens, 0, limits.tokens, "prompt tokens are waiting"),
-            (
-                self.chunks_waiting,
-                own.chunks,
-                0,
-                limits.chunks,
-                "chunks are needed by waiting requests",
-            ),
+        sequences, tokens = self.num_sequences, self.tokens_waiting
+        chunks = self.chunks_waiting
+        for present, mine, running, waiting, (setting, what) in (
+            (sequences, own.sequences, self._max_running, self._max_waiting, _SEQUENCES),
+            (tokens, own.tokens, 0, limits.tokens, _TOKENS),
+            (chunks, own.chunks, 0, limits.chunks, _CHUNKS),
         ):
             if waiting is None:
                 continue
             most = running + waiting
             if present >= most:
-                self._refuse(f"{present} {what}, the server takes {most}")
+                self._refuse(f"{present} {what}, and the server takes {most} ({setting})")
+            why = f"as many as are free of {setting} may wait"
             if share is not None:
                 part = max(int(share * waiting), 0 if running else 1)
+                why = f"its queue_share of {setting}"
             elif running and self._has_own_limit(tenant):
                 continue
             else:
                 part = most - present
             if tenant and mine >= running + part:
-                self._refuse(f"{mine} {what} for this API key, its share of the queue")
+                self._refuse(
+                    f"{mine} {what} for this API key, and it may have {running + part}: {why}"
+                )
 
     def _refuse(self, reason: str) -> NoReturn:
         raise OverloadedError(
-            f"{reason}; try again later", self._rate.seconds_for(self.num_sequences)
+            f"{reason}; try again when some have ended", self._rate.seconds_for(self.num_sequences)
         )
 
     async def _next(
