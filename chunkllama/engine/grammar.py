@@ -4,150 +4,32 @@ with it.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import llguidance
 import msgspec
 import numpy as np
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from chunkllama.engine.closing import ClosingMatcher
 from chunkllama.engine.end_search import EndSearch
 from chunkllama.engine.end_texts import end_texts
 from chunkllama.engine.end_tokens import EndTokens
+from chunkllama.engine.grammar_text import one_line, to_llguidance
 from chunkllama.engine.thinking import ThinkingMatcher
 from chunkllama.engine.token_masks import token_ids_of
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 
-# With RUST_BACKTRACE set each rule around an error would record the stack: seconds for a grammar
-# whose 400th rule has an error. Read when the first error is made.
-os.environ.setdefault("RUST_LIB_BACKTRACE", "0")
-
-# One optional blank between JSON tokens: a model that may write blanks without end will.
-JSON_WHITESPACE = {"whitespace_pattern": "[ \\n]?", "whitespace_flexible": True}
 _MAX_COMPILED = 64
-
-
-def to_llguidance(spec: GrammarSpec) -> str:
-    """llguidance's own grammar text.
-
-    Raises:
-        InvalidRequestError: ``text`` is not what ``kind`` says.
-    """
-    matcher = llguidance.LLMatcher
-    json_options: Any = JSON_WHITESPACE
-    try:
-        match spec.kind:
-            case "json_schema":
-                return matcher.grammar_from_json_schema(spec.text, overrides=json_options)
-            case "json_object":
-                return matcher.grammar_from_json_schema('{"type":"object"}', overrides=json_options)
-            case "regex":
-                return matcher.grammar_from_regex(with_ascii_classes(spec.text))
-            case "choice":
-                return matcher.grammar_from_lark(_choice(json.loads(spec.text)))
-            case "lark":
-                return matcher.grammar_from_lark(_with_ascii_regexes(spec.text))
-            case "gbnf":
-                return matcher.grammar_from_lark(gbnf_as_lark(spec.text))
-    except ValueError as error:
-        raise InvalidRequestError(f"invalid {spec.kind}: {_one_line(error)}", "grammar") from None
-    raise InvalidRequestError(f"unknown grammar kind {spec.kind!r}", "grammar")
-
-
-def is_gbnf(text: str) -> bool:
-    """Whether a grammar is in GBNF (llama.cpp, xgrammar), not in Lark's syntax."""
-    # Within one line: white space that may span lines is read again from each of them.
-    return re.search(r"^[^\S\n]*[\w-]+[^\S\n]*::=", text, re.MULTILINE) is not None
-
-
-def gbnf_as_lark(text: str) -> str:
-    """A GBNF grammar in Lark's syntax; its rule ``root`` becomes ``start``.
-
-    Raises:
-        InvalidRequestError: it is malformed, or nested too deeply.
-    """
-    try:
-        return str(gbnf_to_lark(text))
-    except Exception as error:  # it raises a plain one for a rule that is missing
-        raise InvalidRequestError(f"invalid gbnf: {_one_line(error)}", "grammar") from None
-
-
-# ECMA-262's and Python's ASCII meaning of the classes that Rust's regex reads as Unicode's.
-_ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
-
-
-def with_ascii_classes(pattern: str) -> str:
-    r"""A regex in which ``\d`` and ``\w`` and their opposites mean ASCII, as in ECMA-262."""
-    parts: list[str] = []
-    depth = at = 0
-    while at < len(pattern):
-        char, following = pattern[at], pattern[at + 1 : at + 2]
-        if char == "\\":
-            members = _ASCII_CLASSES.get(following.lower())
-            if members is None:
-                parts.append(char + following)
-            elif following.isupper():
-                parts.append(f"[^{members}]")
-            else:
-                parts.append(members if depth else f"[{members}]")
-            at += 2
-            continue
-        if char == "[":
-            depth += 1
-            # A bracket that comes first in its class is a member.
-            head = re.compile(r"\[\^?\]?").match(pattern, at)
-            assert head is not None, "it begins with a bracket"
-            parts.append(head[0])
-            at = head.end()
-            continue
-        depth -= char == "]" and depth > 0
-        parts.append(char)
-        at += 1
-    return "".join(parts)
-
-
-# Comments, strings and regular expressions of a Lark grammar; the last are in a group of their own.
-_LARK_TEXTS = re.compile(r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*+\"?|/((?:[^/\\\n]|\\.)++)/", re.DOTALL)
-
-
-def _with_ascii_regexes(grammar: str) -> str:
-    """A Lark grammar whose regular expressions have ASCII classes."""
-
-    def plain(found: re.Match[str]) -> str:
-        return found[0] if found[1] is None else f"/{with_ascii_classes(found[1])}/"
-
-    return _LARK_TEXTS.sub(plain, grammar)
-
-
-def _choice(choices: object) -> str:
-    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
-        raise ValueError("expected a list of at least one string")
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-
-
 # What may stand in a JSON string, so often at most: llguidance computes the masks of these once. By
 # itself it knows 10 and 30 only, and a bounded string is slow where fewer characters are left.
 _SLICES = [r'[^"\\\x00-\x1F\x7F]' + times for times in ("{1,6}", "{1,10}", "{1,16}", "{1,30}", "+")]
-
-
-def _one_line(error: object) -> str:
-    """The message without the lines that quote; of a regular expression, with what is
-    wrong with it."""
-    lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0].endswith("regex parse error:"):
-        why = next((line for line in lines if line.startswith("error: ")), lines[-1]).strip()
-        return f"{lines[1].strip()!r} is no regular expression: {why}"
-    return lines[0] if lines else "not accepted"
 
 
 class Matcher(Protocol):
@@ -203,7 +85,7 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str:
-        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return one_line(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def accept(self, token_id: int) -> bool:
         # The end-of-sequence token after a complete answer is not part of the grammar.
@@ -288,7 +170,7 @@ class GrammarCompiler:
                 raise
             raise InvalidRequestError(
                 f"structured output is not available with this model's tokenizer: "
-                f"{_one_line(str(error))[:200]}",
+                f"{one_line(str(error))[:200]}",
                 "grammar",
             ) from None
         self._eos_token_ids = eos_token_ids
@@ -395,7 +277,7 @@ class GrammarCompiler:
         if compiled is None:
             matcher = llguidance.LLMatcher(self._tokenizer, to_llguidance(spec), log_level=0)
             if matcher.is_error():
-                reason = _one_line(matcher.get_error())
+                reason = one_line(matcher.get_error())
                 raise InvalidRequestError(f"invalid {spec.kind}: {reason}", "grammar")
             compiled = _Compiled(GrammarMatcher(matcher, self._tokenizer.eos_token))
         with self._lock:

@@ -15,7 +15,8 @@ from chunkllama.engine.closing import ClosingMatcher
 from chunkllama.engine.end_search import EndSearch
 from chunkllama.engine.end_texts import EndTexts
 from chunkllama.engine.end_tokens import EndTokens
-from chunkllama.engine.grammar import JSON_WHITESPACE, GrammarCompiler, Matcher
+from chunkllama.engine.grammar import GrammarCompiler, Matcher
+from chunkllama.engine.grammar_text import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec, ThinkingSpec
 from chunkllama.text.tokenizer import Tokenizer
 

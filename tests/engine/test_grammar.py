@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from chunkllama.engine.grammar import TOO_COMPLEX, GrammarCompiler, Matcher, is_gbnf
+from chunkllama.engine.grammar import TOO_COMPLEX, GrammarCompiler, Matcher
+from chunkllama.engine.grammar_text import is_gbnf
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec, SamplingParams, ThinkingSpec

@@ -254,6 +254,9 @@ def test_any_error_of_a_grammar_fails_its_request_only(runner, monkeypatch, erro
         def prepare(self, _grammar: GrammarSpec) -> None:
             raise error
 
+        def maker(self, *_: Any) -> Any:
+            return self.matcher if is_compiled else None
+
         def matcher(self, *_: Any) -> None:
             raise error
 
@@ -301,11 +304,8 @@ class Faulty:
 @pytest.mark.parametrize("method", ["fill_mask", "accept", "is_finished", "forced"])
 def test_an_error_in_a_step_of_a_grammar_fails_its_request_only(runner, monkeypatch, error, method):
     class Compiler:
-        def has(self, _grammar: GrammarSpec) -> bool:
-            return True
-
-        def matcher(self, *_: Any) -> Faulty:
-            return Faulty(method, error)
+        def maker(self, *_: Any) -> Any:
+            return lambda: Faulty(method, error)
 
     monkeypatch.setattr(runner, "_grammars", Compiler())
     grammar = GrammarSpec(kind="json_object", text="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llguidance
 
-from chunkllama.engine.grammar import to_llguidance
+from chunkllama.engine.grammar_text import to_llguidance
 from chunkllama.sampling_params import GrammarSpec
 
 

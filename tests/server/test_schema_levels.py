@@ -10,7 +10,7 @@ from grammar_checks import compiles, matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkllama.engine.grammar import to_llguidance
+from chunkllama.engine.grammar_text import to_llguidance
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.schema_bounds import bound_grammar, bounded

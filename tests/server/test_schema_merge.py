@@ -8,7 +8,7 @@ from itertools import pairwise
 import llguidance
 import pytest
 
-from chunkllama.engine.grammar import to_llguidance
+from chunkllama.engine.grammar_text import to_llguidance
 from chunkllama_server.api.common.schema_levels import prepare_schema
 from chunkllama_server.api.common.schema_merge import merge_objects
 from chunkllama_server.api.common.structured_outputs import json_schema

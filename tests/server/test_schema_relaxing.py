@@ -10,7 +10,7 @@ from typing import Any
 import llguidance
 import pytest
 
-from chunkllama.engine.grammar import to_llguidance
+from chunkllama.engine.grammar_text import to_llguidance
 from chunkllama.errors import InvalidRequestError
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common import schema_relaxing

@@ -8,7 +8,7 @@ import json
 import llguidance
 import pytest
 
-from chunkllama.engine.grammar import to_llguidance
+from chunkllama.engine.grammar_text import to_llguidance
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.common.regex_syntax import rust_syntax
 from chunkllama_server.api.common.schema_bounds import bounded

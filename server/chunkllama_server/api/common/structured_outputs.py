@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from chunkllama.engine.grammar import gbnf_as_lark, is_gbnf
+from chunkllama.engine.grammar_text import gbnf_as_lark, is_gbnf
 from chunkllama.errors import InvalidRequestError
 from chunkllama.logger import tenant_context
 from chunkllama.resources import lower_priority

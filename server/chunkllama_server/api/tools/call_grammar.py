@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkllama.engine.grammar import JSON_WHITESPACE
+from chunkllama.engine.grammar_text import JSON_WHITESPACE
 from chunkllama.sampling_params import GrammarSpec
 from chunkllama_server.api.tools.call_format import CallFormat
 from chunkllama_server.api.tools.escaped_call import MARKS
