@@ -245,7 +245,7 @@ def test_S10_long_texts_are_tokenized_beside_the_event_loop(server, name, monkey
     monkeypatch.setattr(type(tokenizer), "encode", noting)
     body = {"model": "alias", "prompt": STRESS[name], "add_special_tokens": False}
     assert server.post("/tokenize", body).json()["count"] == len(STRESS[name].encode())
-    assert loops == [None]
+    assert set(loops) == {None}, "where other threads leave no time, a second one begins"
 
 
 def _descendants(pid: int) -> list[int]:
