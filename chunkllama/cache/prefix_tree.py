@@ -163,10 +163,15 @@ class PrefixTree:
 
     def remove(self, node: Node) -> None:
         """Take an unused leaf out of the tree and free its chunk."""
-        self.pool.free(self.detach(node))
+        self.pool.free(self._take_out(node))
 
     def detach(self, node: Node) -> int:
         """Take an unused leaf out of the tree; its chunk, now PRIVATE, is the caller's."""
+        chunk_id = self._take_out(node)
+        self.pool.set_state(chunk_id, ChunkState.PRIVATE)
+        return chunk_id
+
+    def _take_out(self, node: Node) -> int:
         parent, chunk_id = node.parent, node.chunk_id
         assert parent is not None and node.is_evictable and not node.children
         self.events.removed(node)
@@ -174,7 +179,6 @@ class PrefixTree:
         siblings.remove(node)
         if not siblings:
             del parent.children[node.namespace]
-        self.pool.set_state(chunk_id, ChunkState.PRIVATE)
         node.chunk_id = -1
         node.edge.nodes.pop()
         node.edge.changed()

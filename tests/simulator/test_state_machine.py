@@ -337,6 +337,23 @@ class TestCacheMachine(CacheMachine.TestCase):
     settings = quick
 
 
+def test_an_imported_chunk_that_covers_another_one_raises_no_peak() -> None:
+    """Found at length: the covered chunk counted as in use while it was taken out of the tree."""
+    machine = CacheMachine()
+    machine.start(
+        **{"chunk_size": 2, "num_chunks": 6, "max_num_seqs": 2, "budget": 200, "min_wait": 1},
+        **{"spare": 0, "policy": "fair", "slowdown": 0, "tier": 3, "read_seconds": 0.0},
+        **{"bits": 0, "first": 1, "memory": None},
+    )
+    machine.fork(max_tokens=1, tail=[], width=2)
+    machine.fork(max_tokens=2, tail=[], width=2)
+    imported = machine.begin_import(edges=(1, 2), namespaces=("B", ""), tail=[])
+    machine.fork(max_tokens=1, tail=[0], width=2)
+    machine.cancel_in_flight(request=machine.fork(max_tokens=1, tail=[0], width=2))
+    machine.import_chunks(count=3, which=imported)
+    machine.teardown()
+
+
 @pytest.mark.nightly
 def test_cache_machine_at_length() -> None:
     from hypothesis.stateful import run_state_machine_as_test
