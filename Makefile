@@ -54,10 +54,10 @@ $(PROXY)/bin/litellm: | $(STAMP)
 	"$(BIN)/python" -m venv $(PROXY)
 	"$(PROXY)/bin/python" -m pip install -q "litellm[proxy]>=1.80"
 
-# Runs full sizes with fresh seeds; writes result and seed to benchmarks/results/nightly.txt.
+# Runs full sizes area by area; ARGS="SEED AREA..." runs some. Results: benchmarks/results/nightly.txt
 nightly: setup $(PROXY)/bin/litellm
 	"$(BIN)/python" -m pip install -q -e ".[clients,gates,routers,ray]"
-	sh scripts/nightly.sh "$(BIN)/python" $(ARGS)
+	"$(BIN)/python" scripts/nightly.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

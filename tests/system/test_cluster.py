@@ -27,7 +27,6 @@ from tiny_model import write_tiny_model
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.nightly,
-    pytest.mark.alone,
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
         reason="Ray is not installed: pip install 'chunkllama[ray]'",

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from soak import Options, main, run
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def seed(child_environment) -> str:

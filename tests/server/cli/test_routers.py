@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 
-pytestmark = [pytest.mark.nightly, pytest.mark.routers, pytest.mark.alone]
+pytestmark = [pytest.mark.nightly, pytest.mark.routers]
 
 KEY = "key-of-the-tenant"
 COMMANDS = {
