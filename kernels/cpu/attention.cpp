@@ -39,6 +39,15 @@ INLINE bf16* operands(Buffers& b, long queries, bf16** probs) {
   return b.q_pairs.fit(queries);
 }
 
+// Places of a step of run_vectors: those of both products and of the softmax.
+template <class T>
+INLINE int places_of(const Unit<T>& u, int step, long dim) {
+  const int groups = u.rows / BLOCK * ((BLOCK + MAX_ROWS - 1) / MAX_ROWS) +
+                     (u.rows % BLOCK + MAX_ROWS - 1) / MAX_ROWS;
+  return u.chunks_of(step) * (groups * 2 * int(dim / STEP<T>) * (CHUNK / BLOCK) +
+                              u.rows * CHUNK / (2 * W));
+}
+
 template <class T, long DIM>
 void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
   using L = Layout<T>;
@@ -54,9 +63,9 @@ void run_vectors(const Unit<T>& u, const Unit<T>* next, Buffers& b) {
     const int valid = u.tokens_of(g);
     const StepScales scales = u.widen_scales(g, b);
     ahead.clear();
-    ahead.pace();
     if (g + 1 < u.steps) u.prefetch(g + 1, ahead);
     else if (next) next->prefetch(0, ahead);
+    ahead.spread(places_of(u, g, dim));
     for (int first = 0; first < u.rows; first += BLOCK) {
       const int rows = std::min(BLOCK, u.rows - first),
                 keys = (valid + 2 * BLOCK - 1) / (2 * BLOCK) * (2 * BLOCK);

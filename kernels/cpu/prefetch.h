@@ -14,9 +14,8 @@ class Prefetcher {
     bytes_[count_++] = bytes;
     lines_ += (bytes + 63) / 64;
   }
-  // The work calls step() at each place; a long stretch of work counts as several places. pace()
-  // fetches a line at each place; spread(), after the last add(), all lines over that many places.
-  void pace() { rate_ = LINE; }
+  // After the last add(): the lines are fetched evenly over that many places. The work calls step()
+  // at each place; a long stretch of work counts as several places.
   void spread(int places) { rate_ = (int(lines_) * LINE + places - 1) / places; }
   INLINE void step(int places = 1) {
     credit_ += rate_ * places;
