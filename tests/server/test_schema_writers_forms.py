@@ -104,9 +104,19 @@ def test_references_of_all_forms(name, strict):
     assert not takes(PLACES[name], {"a": {"id": "x"}}, strict=strict)
 
 
-@pytest.mark.parametrize("reference", ["#/$defs/Missing", "http://example.org/s.json", "#nowhere"])
+LIST = "#/properties/b/anyOf/"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        *("#/$defs/Missing", "http://example.org/s.json", "#nowhere"),
+        *(LIST + "2", LIST + "9" * 5_000, LIST + "\N{ARABIC-INDIC DIGIT ONE}", LIST + "-1"),
+    ],
+    ids=lambda reference: reference[:24],
+)
 def test_a_reference_that_leads_nowhere_is_named_or_refused(reference):
-    schema = fields(a={"$ref": reference})
+    schema = fields(["a"], a={"$ref": reference}, b={"anyOf": [ITEM, TEXT]})
     assert prepare_schema(schema, "s", strict=False).left_out == ["s.properties.a.$ref"]
     assert takes(schema, {"a": 1})
     with pytest.raises(ApiError, match="ref' at #/properties/a"):

@@ -15,6 +15,7 @@ from chunkllama_server.api.common.schema_keywords import map_parts
 Steps = tuple[str, ...]
 # References that are written as they are read.
 _PLAIN = re.compile(r"#(?:/[A-Za-z0-9._$-]*)*")
+_INDEX = re.compile(r"[0-9]{1,9}")  # of a list: int() refuses thousands of digits
 _DEFINITIONS = frozenset(("$defs", "definitions"))
 
 
@@ -47,7 +48,7 @@ def _steps(reference: str) -> Steps | None:
 
 def _walk(node: Any, steps: Steps) -> Any:
     for step in steps:
-        if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
+        if isinstance(node, list) and _INDEX.fullmatch(step) and int(step) < len(node):
             node = node[int(step)]
         else:
             node = node.get(step) if isinstance(node, dict) else None
