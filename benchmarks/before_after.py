@@ -1,6 +1,7 @@
 """Compare two checkouts of this project in one run, in alternating pairs.
 
     python benchmarks/before_after.py --before ../base --after . --pairs 10
+    python benchmarks/before_after.py --before ../base --after . --after-level avx512 --rounds 0
 
 Both checkouts need ``make setup``. The pairs run ``benchmarks/step.py`` of both checkouts, then the
 load of ``compare.py`` against a server of each; the order inside a pair alternates. A ratio is
@@ -58,7 +59,7 @@ def cpu_seconds(server: psutil.Process) -> dict[str, float]:
 
 
 @contextmanager
-def serving(checkout: Path) -> Iterator[tuple[Endpoint, psutil.Process]]:
+def serving(checkout: Path, level: str = "") -> Iterator[tuple[Endpoint, psutil.Process]]:
     """Serve the demo model from a checkout on a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,6 +67,8 @@ def serving(checkout: Path) -> Iterator[tuple[Endpoint, psutil.Process]]:
     command = [checkout / ".venv/bin/chunkllama", "serve", "--port", str(port), "--model", MODEL]
     # The default size differs between versions, and new pages cost time on a virtual machine.
     command += ["--kv-cache-memory", "1GiB"]
+    if level:
+        command += ["--isa-level", level]
     server = subprocess.Popen(command, cwd=checkout, stderr=subprocess.DEVNULL)
     endpoint = Endpoint(f"http://127.0.0.1:{port}")
     try:
@@ -92,6 +95,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2, help="of step.py in each run; 0 for none")
     parser.add_argument("--scenarios", default="ABCDE", help="of compare.py; empty for none")
+    parser.add_argument(
+        "--after-level",
+        default="",
+        help="instruction set of the server after, if before lacks the best",
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--output", type=Path, default=RESULTS / "before-after.json")
     arguments = parser.parse_args()
@@ -110,7 +118,8 @@ def main() -> None:
                 record(side, name, rate)
     tokenizer = load_tokenizer(resolve_model(MODEL))
     maker = PromptMaker(tokenizer, arguments.seed)
-    with serving(checkouts["before"]) as before, serving(checkouts["after"]) as after:
+    level = arguments.after_level
+    with serving(checkouts["before"]) as before, serving(checkouts["after"], level) as after:
         servers = {"before": before, "after": after}
         for number in range(arguments.pairs):
             for letter in arguments.scenarios:
