@@ -29,6 +29,9 @@ _RESERVE = 32
 _NUM_LOOKS = 2 * MAX_END
 # Where no end was found, it is sought again after so many tokens, and at each of the last ones.
 _RETRY_STEP = 32
+# In a string that does not take any character, the end behind a token may be longer than behind
+# another one of its group by about so many tokens, which are kept free for it.
+_DIFFERENCE = 16
 # Groups that are tried at one mask, and masks that this takes.
 _MAX_TRIALS = 1024
 # What goes on with no more tokens than this may still be the text of the end.
@@ -143,8 +146,10 @@ class ClosingMatcher:
             return mask & first
         if left - len(end) < _RESERVE:
             kept = mask & first
+            differ = place.in_narrow_text(mask)
             for group, need in self._tried(place, others, end, left):
-                if need is not None:
+                spare = _DIFFERENCE if differ and len(group) > 1 else 0
+                if need is not None and need + spare <= left:
                     kept |= mask_of(group, len(mask))
             return kept
         key = (hash(mask.tobytes()), tuple(end))

@@ -52,6 +52,12 @@ class Place:
         """Return whether a string is open."""
         return bool(self._begun)
 
+    def in_narrow_text(self, mask: NDArray[np.int32]) -> bool:
+        """Return whether a string is open that, by the mask here, does not take any character."""
+        is_whole = self.in_text and self._tokens.may_begin_character(mask)
+        is_escaped = self._begun.endswith(b"\\")
+        return is_whole and not is_escaped and not self._tokens.takes_any_text(mask)
+
     def accept(self, token_id: int) -> bool:
         """Move on by a token; False if the grammar does not allow it."""
         text = self._tokens.token_bytes(token_id)

@@ -26,14 +26,15 @@ _MEMBERS = frozenset(
 )
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _JSON = re.compile(r"%json\s*")
-# A short text of each format whose texts may go on without end.
+# Short texts of each format whose texts may go on without end; of those with parts that something
+# else has to follow, one of each.
 _OF_FORMATS = {
     "date-time": ("2000-01-01T00:00:00Z",),
     "time": ("00:00:00Z",),
     "duration": ("P1D", "PT1S"),
     "email": ("q@q.qq",),
     "hostname": ("q.qq",),
-    "uri": ("q://q",),
+    "uri": ("q://q", "q://q@q", "q:%aa", "q://[::]", "q://[::0.0.0.0]", "q://[va.a]"),
 }
 _CHARS = "q0 -.,_@/:+#!\u00e9"
 _OF_CLASSES = {
@@ -96,9 +97,7 @@ def _texts(root: Any) -> Iterator[str]:
         seen.add(id(node))
         names = node.get("patternProperties")
         for pattern in (node.get("pattern"), *(names if isinstance(names, dict) else ())):
-            text = text_of_pattern(pattern) if isinstance(pattern, str) else None
-            if text:
-                yield text
+            yield from filter(None, texts_of_pattern(pattern) if isinstance(pattern, str) else ())
         form = node.get("format")
         yield from _OF_FORMATS.get(form, ()) if isinstance(form, str) else ()
         nodes += _parts(node)
@@ -125,57 +124,71 @@ def _at(root: Any, reference: str) -> Any:
     return node
 
 
-def text_of_pattern(pattern: str) -> str | None:
-    """Return about the shortest text that a regular expression matches; None where it has what is
-    not read here, or takes too many characters.
+def texts_of_pattern(pattern: str) -> list[str]:
+    """Return about the shortest text that a regular expression matches, then short ones in which
+    one more of its optional or alternative parts comes; none where it has what is not read here, or
+    the shortest takes too many characters.
     """
     try:
-        text = _text_of(_parser.parse(pattern))
+        first, *others = _texts_of(_parser.parse(pattern))
     except (re.error, RecursionError, OverflowError, _UnreadError):
-        return None
-    return text if len(text) <= _MAX_CHARS else None
+        return []
+    if len(first) > _MAX_CHARS:
+        return []
+    return [first, *(text for text in others if len(text) <= _MAX_CHARS)]
 
 
 class _UnreadError(Exception):
     """A part of a regular expression is not read here."""
 
 
-def _text_of(parts: Any) -> str:
-    """Return a text of a parsed expression: pairs of a name and what it holds.
+def _texts_of(parts: Any) -> list[str]:
+    """Return texts of a parsed expression, pairs of a name and what it holds: the shortest, then
+    those with another text of one part.
 
-    A text of more than _MAX_CHARS is cut behind one more: repeats of repeats multiply it.
+    A text of more than _MAX_CHARS is cut behind one more, and there are at most _MAX_TEXTS: repeats
+    of repeats multiply them.
     """
-    text = ""
+    texts = [""]
     for name, value in parts:
-        text += _text_of_part(str(name), value)
-        if len(text) > _MAX_CHARS:
-            break
-    return text[: _MAX_CHARS + 1]
+        own = _texts_of_part(str(name), value)
+        others = [text + own[0] for text in texts[1:]] + [texts[0] + text for text in own[1:]]
+        texts = _cut([texts[0] + own[0], *others])
+    return texts
 
 
-def _text_of_part(name: str, value: Any) -> str:
+def _cut(texts: list[str]) -> list[str]:
+    return [text[: _MAX_CHARS + 1] for text in texts[:_MAX_TEXTS]]
+
+
+def _texts_of_part(name: str, value: Any) -> list[str]:
     match name:
         case "LITERAL":
-            return chr(value)
+            return [chr(value)]
         case "NOT_LITERAL":
-            return _char_outside([("LITERAL", value)])
+            return [_char_outside([("LITERAL", value)])]
         case "ANY":
-            return "q"
+            return ["q"]
         case "IN" if str(value[0][0]) == "NEGATE":
-            return _char_outside(value[1:])
+            return [_char_outside(value[1:])]
         case "IN":
-            return _char_inside(value)
+            return [_char_inside(value)]
         case "BRANCH":
-            return min(map(_text_of, value[1]), key=len)
+            first, *others = sorted(map(_texts_of, value[1]), key=lambda texts: len(texts[0]))
+            return [*first, *(text for texts in others for text in texts)][:_MAX_TEXTS]
         case "SUBPATTERN":
-            return _text_of(value[-1])
+            return _texts_of(value[-1])
         case "ATOMIC_GROUP":
-            return _text_of(value)
+            return _texts_of(value)
         case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
-            count: int = min(value[0], _MAX_CHARS + 1)
-            return _text_of(value[2]) * count
+            least, most, inner = value
+            texts = _texts_of(inner)
+            rest = texts[0] * (min(least, _MAX_CHARS + 1) - 1)
+            if least:
+                return _cut([text + rest for text in texts])
+            return ["", *texts[: _MAX_TEXTS - 1]] if most else [""]
         case "AT":
-            return ""
+            return [""]
     raise _UnreadError
 
 

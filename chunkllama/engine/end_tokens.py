@@ -107,6 +107,7 @@ class EndTokens:
         for token_id in eos_token_ids:
             allow(self.ends, token_id)
         self._any_text = mask(lambda text: text in _ANY_TEXT)
+        self._begins_character = mask(lambda text: text[0] < 0x80)
         self._kinds, self._kinds_in_text = kinds(False), kinds(True)
         self._last = np.array([_last_class(text) for text in texts], np.int64)
 
@@ -118,6 +119,14 @@ class EndTokens:
         """Return the token of a mask with the longest text; None where it is empty."""
         token_ids = token_ids_of(mask)
         return int(token_ids[self.lengths[token_ids].argmax()]) if len(token_ids) else None
+
+    def takes_any_text(self, mask: NDArray[np.int32]) -> bool:
+        """Return whether a string in which a mask holds takes any character."""
+        return not (self._any_text & ~mask).any()
+
+    def may_begin_character(self, mask: NDArray[np.int32]) -> bool:
+        """Return whether a mask allows ASCII: not where a character in UTF-8 has begun."""
+        return bool((self._begins_character & mask).any())
 
     def groups(self, mask: NDArray[np.int32], *, in_text: bool) -> list[NDArray[np.int64]]:
         """Return the ids of a mask in groups, of which each has about the same effect on the end.
@@ -132,7 +141,7 @@ class EndTokens:
         if len(token_ids) <= _FEW_TOKENS:
             return [token_ids[i : i + 1] for i in range(len(token_ids))]
         kinds = (self._kinds_in_text if in_text else self._kinds)[token_ids]
-        if in_text and bool((self._any_text & ~mask).any()):
+        if in_text and not self.takes_any_text(mask):
             kinds = kinds * 128 + self._last[token_ids]
         order = np.argsort(kinds, kind="stable")
         return np.split(token_ids[order], np.flatnonzero(np.diff(kinds[order])) + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import jsonschema_rs
@@ -13,7 +14,7 @@ from mask_draws import draw, is_allowed
 from numpy.typing import NDArray
 
 from chunkllama.engine import end_texts as module
-from chunkllama.engine.end_texts import end_texts, text_of_pattern
+from chunkllama.engine.end_texts import end_texts, texts_of_pattern
 from chunkllama.engine.grammar import GrammarCompiler, Matcher
 from chunkllama.engine.mask_threads import MaskThreads
 from chunkllama.engine.sequence_state import SequenceState
@@ -118,6 +119,55 @@ def test_strings_that_must_match_end(compiler, tokenizer, name):
         check_ends(compiler, tokenizer, SCHEMAS[name], num_tokens)
 
 
+URIS = {
+    "user": "a2+b-c.d://u:::::::::p",
+    "host and port": "http://u:p@h-1.x:80/%41/b;c?q=%20#f%C3",
+    "address": "ftp://192.0.2.16:80/",
+    "long address": "h://[2001:db8:0:1:2:3:4:5]:8/",
+    "short address": "h://[fe80::1:2]/",
+    "future address": "h://[v1.a:b]",
+    "no host": "urn:isbn:0-486%2d",
+    "path": "file:///a/b",
+}
+
+
+@pytest.mark.parametrize("uri", URIS.values(), ids=URIS)
+def test_an_address_ends_wherever_it_is_left(compiler, tokenizer, uri):
+    schema = record(v=text(format="uri", maxLength=512))
+    for length in range(len(uri) + 1):
+        ids = tokenizer.encode('{"v": "' + uri[:length])
+        matcher = compiler.matcher(schema_spec(schema), ids, len(ids) + 24)
+        rng = random.Random(length)
+        while not matcher.is_finished:
+            ids.append(draw(allowed(matcher), rng))
+            assert matcher.accept(ids[-1])
+            assert len(ids) < 100, tokenizer.decode(ids)
+        assert json.loads(tokenizer.decode(ids))["v"].startswith(uri[:length])
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (text(format="uri"), "h://h"),
+        (text(pattern=r"^[a-z]+(:\d*|::[a-z]{8}@[a-z]{8}\.[a-z]{8})?$"), "h"),
+    ],
+    ids=["uri", "pattern"],
+)
+def test_an_end_fits_behind_each_mark(compiler, tokenizer, value, written):
+    """Two colons begin a part that only more text ends, and one does not."""
+    spec, ids = schema_spec(record(v=value)), tokenizer.encode(f'{{"v": "{written}')
+    marks = [i for i in range(3, VOCAB) if tokenizer.decode([i]).startswith((":", "%", "@"))]
+    num_tried = 0
+    for num_left in range(3, 28):
+        mask = allowed(compiler.matcher(spec, ids, len(ids) + num_left))
+        for token in (token for token in marks if is_allowed(mask, token)):
+            matcher = compiler.matcher(spec, [*ids, token], len(ids) + num_left)
+            allowed(matcher)
+            assert matcher._end is not None, (num_left, tokenizer.decode([token]))
+            num_tried += 1
+    assert num_tried > 10
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", [*SCHEMAS])
 def test_an_end_fits_in_any_number_of_tokens(compiler, tokenizer, name):
@@ -213,27 +263,30 @@ def test_where_the_end_is_forbidden_the_grammar_alone_decides(compiler, tokenize
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [
-        (r"^[a-z]{2,}-\d+$", "aa-0"),
-        (r"a|bcd", "a"),
-        (r"[^q0]\D\s\W[^\w ]", " q --"),
-        (r"(?:x(?P<n>y)z)+.?", "xyz"),
-        (r"^a{70}$", None),
-        (r"(?=a)b", None),
-        ("(", None),
-        (r"b{64}", "b" * 64),
-        (r"(?:b{70}|c)d", "cd"),
+        (r"^[a-z]{2,}-\d+$", ["aa-0"]),
+        (r"a|bcd", ["a", "bcd"]),
+        (r"[^q0]\D\s\W[^\w ]", [" q --"]),
+        (r"(?:x(?P<n>y)z)+.?", ["xyz", "xyzq"]),
+        (r"^a(?::\d+|::b@c)?(?:e|f{2})?(?:){0}$", ["a", "a:0", "a::b@c", "ae", "aff"]),
+        (r"(?:ab?|c){2}", ["aa", "aba", "ca"]),
+        (r"^a{70}$", []),
+        (r"(?=a)b", []),
+        ("(", []),
+        (r"b{64}", ["b" * 64]),
+        (r"(?:b{70}|c)d", ["cd"]),
     ],
 )
-def test_a_text_of_a_pattern(pattern, found):
-    assert text_of_pattern(pattern) == found
+def test_texts_of_a_pattern(pattern, found):
+    assert sorted(texts_of_pattern(pattern)) == sorted(found)
+    assert all(re.fullmatch(pattern, text) for text in texts_of_pattern(pattern))
 
 
 def test_repeats_of_repeats_are_not_written_out():
     pattern = "b"
     for _ in range(12):
         pattern = f"({pattern}){{64}}"
-    assert text_of_pattern(f"^(|{pattern})$") == ""
-    assert text_of_pattern(pattern) is None
+    assert texts_of_pattern(f"^(|{pattern})$") == [""]
+    assert texts_of_pattern(pattern) == []
 
 
 def test_texts_are_of_the_schemas_in_a_schema():
