@@ -10,6 +10,7 @@ import re
 from typing import Any
 from urllib.parse import quote, unquote
 
+from chunkllama.digits import whole_number
 from chunkllama_server.api.common.schema_keywords import map_parts
 
 Steps = tuple[str, ...]
@@ -47,8 +48,9 @@ def _steps(reference: str) -> Steps | None:
 
 def _walk(node: Any, steps: Steps) -> Any:
     for step in steps:
-        if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
-            node = node[int(step)]
+        if isinstance(node, list):
+            index = whole_number(step)
+            node = node[index] if index is not None and index < len(node) else None
         else:
             node = node.get(step) if isinstance(node, dict) else None
     return node
