@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from chunkllama.config_errors import check_keys, first_error, rename_keys
+from chunkllama.digits import whole_number
 from chunkllama.errors import ConfigError
 from chunkllama.logger import init_logger
 from chunkllama.tenant_limits import parse_weights
@@ -21,7 +22,7 @@ _UNITS = {
     **{"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40},
 }
 _OF_CHECKPOINTS = ("awq", "gptq", "fp8", "compressed-tensors", "gguf")
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*((?:[kmgt]i?)?)b?", re.IGNORECASE)
 
 
 def parse_bytes(value: object) -> object:
@@ -33,7 +34,8 @@ def parse_bytes(value: object) -> object:
 
 def _number(value: object) -> object:
     """Parse a number: flags and variables are strings, and a Literal only compares."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    number = whole_number(value) if isinstance(value, str) else None
+    return value if number is None else number
 
 
 def _renamed_backend(value: object) -> object:
@@ -163,7 +165,7 @@ class ModelConfig(ConfigGroup):
     )
     cpu_bind: Annotated[str, BeforeValidator(str)] = Field(  # 0 in YAML is a number
         default="none",
-        pattern=r"^(none|auto|\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*)$",
+        pattern=r"^(none|auto|[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*)$",
         examples=["0-3,8", "auto", "none"],
         description="Processors that compute on a CPU, whose NUMA nodes hold the memory: a list "
         "such as 0-3,8; auto is one for each core of the NUMA node that has most of them; none is "

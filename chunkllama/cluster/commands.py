@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
@@ -36,6 +37,7 @@ from chunkllama.messages import (
 T = TypeVar("T")
 
 _STATS_SECONDS = 5.0  # for a replica's answer
+_MOST_DROP_IDS = 4096
 Kept = AdapterInfo | EngineRequest | LoadPack | KeepSnapshot
 
 
@@ -103,6 +105,7 @@ class CommandsToAll(MessageClient):
         self._shares = LimitShares()
         self._merger = StatsMerger()
         self._dropped: list[set[str]] = []  # tenants, since each replica began to be prepared
+        self._drop_ids: dict[int, None] = {}  # of drops that are known, the oldest first
         self.take_spent: Callable[[], dict[str, Spending]] = dict
         self.on_spent: Callable[[dict[str, Spending]], None] = lambda _: None
 
@@ -142,12 +145,24 @@ class CommandsToAll(MessageClient):
             self.on_spent(news.tenants)
             return
         self._end_pins(news.ended_pins)
-        if news.tenant is not None and self._leave_out(news.tenant):
+        if news.tenant is None or not self._is_first(news.drop_id):
+            return
+        if self._leave_out(news.tenant):
             # A replica may have got the tenant's chunks from here which the other front end did
             # not know yet.
             drop = _repeated_drop(news.tenant)
             for channel in self._channels().values():
                 channel.send([drop])
+
+    def _is_first(self, drop_id: int) -> bool:
+        """Note a drop; False: it is known, and what came since must stay."""
+        if drop_id in self._drop_ids:
+            return False
+        if drop_id:
+            self._drop_ids[drop_id] = None
+            if len(self._drop_ids) > _MOST_DROP_IDS:
+                del self._drop_ids[next(iter(self._drop_ids))]
+        return True
 
     def _leave_out(self, tenant: str) -> bool:
         for dropped in self._dropped:
@@ -221,6 +236,9 @@ class CommandsToAll(MessageClient):
             raise self._dead
         channels = self._channels()
         command = make(0)
+        if isinstance(command, CacheCommand) and command.action == "drop_tenant":
+            command.command_id = 1 + secrets.randbits(62)
+            self._is_first(command.command_id)
         match command:
             case ExplainPrompt():
                 return await self._explain(command)

@@ -146,7 +146,7 @@ def _join(address: str) -> None:
             )
             return
         head = address.removeprefix("ray://")
-        head = head if re.search(r":\d+$", head) else f"{head}:{_PORT}"
+        head = head if re.search(r":[0-9]+$", head) else f"{head}:{_PORT}"
         ray.init(head, **options)
     except Exception as error:  # Ray's are of many types
         hint = "" if address == "auto" else f"; run ray start --address={head} here first"

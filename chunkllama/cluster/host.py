@@ -260,7 +260,10 @@ class EngineHost:
         if isinstance(command, CacheCommand) and command.command_id != REPEATED:
             tenant = command.tenant if command.action == "drop_tenant" else None
             if tenant is not None or reply.ended_pins:
-                self._put_to_all(Dropped(tenant=tenant, ended_pins=reply.ended_pins))
+                drop_id = 0 if tenant is None else command.command_id
+                self._put_to_all(
+                    Dropped(tenant=tenant, drop_id=drop_id, ended_pins=reply.ended_pins)
+                )
         return msgspec.msgpack.encode(reply)
 
     async def use_files(self, payload: bytes) -> None:

@@ -52,10 +52,12 @@ class Dropped(msgspec.Struct, kw_only=True, tag="dropped"):
 
     Attributes:
         tenant: whose chunks were dropped; None: no tenant's.
+        drop_id: the command's; every replica tells of a drop, which is heard of once. 0: none.
         ended_pins: pins that were ended.
     """
 
     tenant: str | None = None
+    drop_id: int = 0
     ended_pins: list[EndedPin] = []
 
 

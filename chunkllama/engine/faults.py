@@ -35,7 +35,9 @@ from chunkllama.errors import ConfigError
 VARIABLE, TEST_MODE = "CHUNKLLAMA_FAULTS", "CHUNKLLAMA_TEST_MODE"
 POINTS = ("step", "commit", "send")
 ACTIONS = ("kill", "stop", "raise", "memory", "spin")
-_ENTRY = re.compile(r"(\w+):(\w+)@(?:(\d+)|p=(\d*\.?\d+)|file=(.+?)(?:\+(\d+))?)")
+_ENTRY = re.compile(
+    r"(\w+):(\w+)@(?:([0-9]{1,18})|p=([0-9]*\.?[0-9]+)|file=(.+?)(?:\+([0-9]{1,18}))?)"
+)
 
 
 class PlantedFault(Exception):

@@ -194,9 +194,9 @@ def _gemma2_layers(config: ConfigFile) -> LayerPattern:
 
 
 def _gemma3_layers(config: ConfigFile) -> LayerPattern:
-    period = config.get("sliding_window_pattern") or 6
+    period = config.positive("sliding_window_pattern", 6)
     layer = replace(_gemma_sandwich(config), qk_norm="head")
-    return _by_type(config, layer, period=int(period), sliding_rope=1)
+    return _by_type(config, layer, period=period, sliding_rope=1)
 
 
 def _gemma_sandwich(config: ConfigFile) -> LayerSpec:

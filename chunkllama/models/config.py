@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from chunkllama.digits import whole_number
 from chunkllama.errors import ConfigError
 from chunkllama.model_spec import KV_ITEM_SIZES, ModelSpec, RopeSpec, kv_row_elements
 from chunkllama.models.architectures import ARCHITECTURES
@@ -206,8 +207,12 @@ def _tokenizer_eos(folder: Path) -> set[int]:
     if not isinstance(token, str):
         return set()
     for key, added in (config.get("added_tokens_decoder") or {}).items():
-        if isinstance(added, dict) and added.get("content") == token and str(key).isdigit():
-            return {int(key)}
+        if (
+            isinstance(added, dict)
+            and added.get("content") == token
+            and (token_id := whole_number(str(key))) is not None
+        ):
+            return {token_id}
     tokenizer = read_json(folder / "tokenizer.json", required=False)
     return {
         added["id"]

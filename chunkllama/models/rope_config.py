@@ -87,11 +87,11 @@ def _parse(
     for key in _REQUIRED.get(kind, ()):
         if key not in raw:
             raise config.error(f"rope_type {name} needs {key}")
-    original = int(
-        config.get("original_max_position_embeddings")
-        or raw.get("original_max_position_embeddings")
-        or max_position
-    )
+    name_of_original = "original_max_position_embeddings"
+    stated = config.get(name_of_original) or raw.get(name_of_original) or max_position
+    if not isinstance(stated, int | float) or not 0 < stated < 2**31:
+        raise config.error(f"{name_of_original} must be a positive integer, got {stated!r:.60}")
+    original = int(stated)
     if kind == "dynamic":  # transformers stretches from the stated length, whichever was first
         original = max_position
     factor = raw.get("factor")

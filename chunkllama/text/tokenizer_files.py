@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, processors
 
+from chunkllama.digits import whole_number
 from chunkllama.errors import ConfigError
 from chunkllama.text import tiktoken_file
 from chunkllama.text.llama_parts import SPIECE_SPACE, as_llama_sentencepiece, is_byte_level
@@ -170,7 +171,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def _listed_tokens(config: dict[str, Any]) -> dict[int, str]:
     """Tokens of tokenizer_config.json by their ids."""
     listed = config.get("added_tokens_decoder") or {}
-    return {int(index): entry["content"] for index, entry in listed.items()}
+    return {_token_id(index): entry["content"] for index, entry in listed.items()}
+
+
+def _token_id(index: str) -> int:
+    number = whole_number(index)
+    if number is None:
+        raise ConfigError(
+            f"tokenizer_config.json: added_tokens_decoder: {index!r:.60} is no token id; download "
+            "the file again"
+        )
+    return number
 
 
 def _content(token: Any) -> str | None:
@@ -189,7 +200,7 @@ def _add_configured_tokens(
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     missing: list[AddedToken] = []
-    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+    for _, entry in sorted(listed.items(), key=lambda item: _token_id(item[0])):
         if entry["content"] not in known:
             missing.append(AddedToken(**{**entry, "special": bool(entry.get("special"))}))
             known.add(entry["content"])

@@ -194,6 +194,37 @@ def test_a_dropped_tenant_is_not_brought_back_by_a_replica_that_joins(other: boo
     run(scenario)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_the_echo_of_a_drop_undoes_no_newer_pack(other: bool) -> None:
+    """Each replica tells of a drop, the last perhaps after the tenant has come back."""
+
+    async def scenario(f: Fixture) -> None:
+        old = LoadPack(path="/p", namespaces={"": "", "alice": "a"}, template="")
+        f.client.use_file(old)
+        a, b = f.replicas.values()
+        echo = Dropped(tenant="alice", drop_id=7)
+        if other:
+            f.client.receive(a, [echo])
+        else:
+            await f.client.cache_command("drop_tenant", tenant="alice")
+            ids = {c.command_id for c in (*a.commands, *b.commands) if isinstance(c, CacheCommand)}
+            echo = Dropped(tenant="alice", drop_id=ids.pop())
+            assert echo.drop_id > 0 and not ids
+        new = LoadPack(path="/q", namespaces={"": "", "alice": "a"}, template="")
+        f.client.use_file(new)
+        before = [len(each.got) for each in (a, b)]
+        f.client.receive(b, [echo])
+        assert [len(each.got) for each in (a, b)] == before
+        late = FakeReplica(f.client, "late")
+        await f.client.prepare(late)
+        given = {pack.path: pack.namespaces for pack in late.files}
+        assert given == {"/p": {"": ""}, "/q": new.namespaces}
+        f.client.receive(b, [Dropped(tenant="alice", drop_id=8)])  # another drop counts
+        assert [len(each.got) for each in (a, b)] == [count + 1 for count in before]
+
+    run(scenario)
+
+
 def test_a_pin_that_is_ended_through_another_front_end_is_not_made_again() -> None:
     async def scenario(f: Fixture) -> None:
         pinned = msgspec.structs.replace(request("one"), tenant="t", pin_seconds=600.0)

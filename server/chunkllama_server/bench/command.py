@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import DEMO_MODEL
+from chunkllama.digits import whole_number
 from chunkllama.errors import ConfigError
 from chunkllama.models.loading.hub import resolve_model
 from chunkllama.text.tokenizer import load_tokenizer
@@ -128,7 +129,8 @@ def _points(base: Workload, concurrency: str, rate: str) -> list[Workload]:
         if rate:
             points = [replace(base, rate=float(value)) for value in rate.split(",")]
         else:
-            points = [replace(base, concurrency=int(value)) for value in concurrency.split(",")]
+            counts = [whole_number(text.strip()) or 0 for text in concurrency.split(",")]
+            points = [replace(base, concurrency=count) for count in counts]
     except ValueError:
         raise ConfigError("concurrency, rate: numbers are needed, separated by commas") from None
     loads = [point.concurrency if point.rate is None else point.rate for point in points]

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chunkllama.config import DEMO_MODEL, EngineConfig, SchedulerConfig
+from chunkllama.digits import whole_number
 from chunkllama.engine.step_size import MOST, step_tokens
 from chunkllama.errors import ConfigError
 from chunkllama.scheduler.limits import SchedulerLimits
@@ -167,10 +168,7 @@ def _check_numbers(target: float, rate: float) -> None:
 
 
 def _pools(text: str) -> list[int]:
-    try:
-        pools = [int(value) for value in text.split(",") if value.strip()]
-    except ValueError:
-        pools = [0]
+    pools = [whole_number(part.strip()) or 0 for part in text.split(",") if part.strip()]
     if any(not 1 <= size <= 10**8 for size in pools):
         raise ConfigError(f"chunks: give numbers of at least 1, separated by commas, got {text!r}")
     return sorted(set(pools))

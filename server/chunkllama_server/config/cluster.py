@@ -9,8 +9,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from chunkllama.config import ConfigGroup
 
-_ADDRESS = re.compile(r"auto|ray://[A-Za-z0-9.\-]+(:\d{1,5})?|ray://\[[0-9A-Fa-f:]+\](:\d{1,5})?")
-_RANGE = re.compile(r"(\d{1,4})(?:\.\.(\d{1,4}))?")
+_ADDRESS = re.compile(
+    r"auto|ray://[A-Za-z0-9.\-]+(:[0-9]{1,5})?|ray://\[[0-9A-Fa-f:]+\](:[0-9]{1,5})?"
+)
+_RANGE = re.compile(r"([0-9]{1,4})(?:\.\.([0-9]{1,4}))?")
 
 
 class ClusterConfig(ConfigGroup):

@@ -19,7 +19,7 @@ Tags = Annotated[tuple[str, ...], BeforeValidator(split_tags)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 # As browsers send it: of a file or a page in a sandbox it is null, of an extension the scheme is
 # another one.
-_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://(?:[^/\s:]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://(?:[^/\s:]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 
 # Model families by the form in which they write tool calls.
 ToolFamily = Literal[

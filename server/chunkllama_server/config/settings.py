@@ -58,7 +58,7 @@ _NEEDS = {
     "snapshot_seconds": "snapshot_dir",
     "spill_requests": "cluster",
 }
-_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT_\d+_(TCP|UDP|SCTP)")
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT_[0-9]+_(TCP|UDP|SCTP)")
 
 _ENGINE_GROUPS = (ModelConfig, CacheConfig, SchedulerConfig, LogConfig)
 _SERVER_GROUPS = (

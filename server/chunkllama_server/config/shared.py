@@ -44,7 +44,7 @@ class SharedConfig(ConfigGroup):
     )
     kv_events_endpoint: str | None = Field(
         default=None,
-        pattern=r"^(tcp://.+:\d+|ipc://.+)$",
+        pattern=r"^(tcp://.+:[0-9]+|ipc://.+)$",
         examples=["tcp://127.0.0.1:5557", "ipc:///run/events"],
         description="Publish the cache's events here over ZeroMQ in vLLM's form, such as "
         "tcp://127.0.0.1:5557; they hold the prompts of all tenants and need no key. Needs the "

@@ -13,7 +13,8 @@ from chunkllama_server.api.common.forced_runs import MANY
 from chunkllama_server.config.limits import DEFAULT_LIMITS, LimitsConfig
 from chunkllama_server.transport.errors import exceeded
 
-_REPEAT = re.compile(r"\{(\d{1,18})(,(\d{0,18}))?\}|([*+?])")
+# The library skips blanks and leading zeros.
+_REPEAT = re.compile(r"\{\s*0*([0-9]{1,18})\s*(,\s*0*([0-9]{0,18})\s*)?\}|([*+?])")
 _GROUP = re.compile(r"\((\?(P?<\w+>|[a-zA-Z-]*:|<?[=!]))?")
 _FREE_ESCAPES = frozenset("dDwWsSpP")
 

@@ -22,8 +22,8 @@ from chunkllama_server.transport.errors import exceeded
 # once.
 _TOKEN = re.compile(
     r"""(?P<blank>(?:\#|//)[^\n]*|\s+|->\s*\w*)
-    |(?P<repeat>\{\s*(?P<low>\d{1,18})\s*(?P<to>,\s*(?P<high>\d{0,18})\s*)?\}
-      |~\s*(?P<least>\d{1,18})(?:\s*\.\.\s*(?P<most>\d{1,18}))?|[*+?])
+    |(?P<repeat>\{\s*0*(?P<low>[0-9]{1,18})\s*(?P<to>,\s*0*(?P<high>[0-9]{0,18})\s*)?\}
+      |~\s*0*(?P<least>[0-9]{1,18})(?:\s*\.\.\s*0*(?P<most>[0-9]{1,18}))?|[*+?])
     |(?P<range>"(?:[^"\\\n]|\\.)"\s*\.\.\s*"(?:[^"\\\n]|\\.)")
     |(?P<string>"(?:[^"\\\n]|\\.)*+"?i?)
     |(?P<regex>/(?:[^/\\]|\\.)++/?[imslux]*)

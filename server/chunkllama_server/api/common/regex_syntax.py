@@ -10,7 +10,7 @@ import re
 
 _GROUP = re.compile(r"\(\?(?:P?<[A-Za-z_]\w*>|[imsUu]*(?:-[imsUu]+)?[:)])")
 _COMMENT = re.compile(r"\(\?#[^)]*\)")
-_REPEAT = re.compile(r"\{(\d+)(,\d*)?\}|\{,(\d+)\}")
+_REPEAT = re.compile(r"\{([0-9]+)(,[0-9]*)?\}|\{,([0-9]+)\}")
 # A class or a character by its number, with what belongs to it.
 _ESCAPE = re.compile(
     r"\\(?:[dDwWsSaftnrvAz]|[pP](?:\{[^}]*\}|[A-Za-z])|x(?:[0-9A-Fa-f]{2}|\{[0-9A-Fa-f]+\})"
@@ -18,6 +18,7 @@ _ESCAPE = re.compile(
 )
 _POSIX = re.compile(r"\[:\^?[a-z]+:\]")
 _OTHER_ESCAPES = {r"\Z": r"\z", r"\0": r"\x00", r"\<": "<", r"\>": ">", r"\e": r"\x1b"}
+_DIGITS = frozenset("0123456789")
 _SET_OPERATORS = ("&&", "~~")
 
 
@@ -63,7 +64,7 @@ def _escape(pattern: str, at: int, *, is_in_class: bool) -> tuple[int, str] | No
     pair = pattern[at : at + 2]
     if pair == r"\b" and is_in_class:
         return 2, r"\x08"
-    if pair == r"\0" and pattern[at + 2 : at + 3].isdigit():
+    if pair == r"\0" and pattern[at + 2 : at + 3] in _DIGITS:
         return None
     written = _OTHER_ESCAPES.get(pair)
     return None if written is None else (2, written)

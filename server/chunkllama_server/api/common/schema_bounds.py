@@ -43,11 +43,11 @@ _FORMAT_CHARS = {
     **{"email": 128, "hostname": 128, "uri": 512},
 }
 # A pattern that counts in hundreds may need more characters than any bound.
-_PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
+_PATTERN_CHARS, _LONG_PATTERN = 256, re.compile(r"\{[0-9]{3,}|\{[0-9]*,[0-9]{3,}")
 # The grammar library joins no longer pattern with a bound.
 _MAX_WIDTH = 64
-_ONE_CHAR, _COUNT = re.compile(r"\\.|\[(?:\\.|[^\]])*\]"), re.compile(r"(\)?)\{(\d+)")
-_MARKS = re.compile(r"\{[\d,]*\}|\(\?.|[()|*+?^$]")
+_ONE_CHAR, _COUNT = re.compile(r"\\.|\[(?:\\.|[^\]])*\]"), re.compile(r"(\)?)\{([0-9]+)")
+_MARKS = re.compile(r"\{[0-9,]*\}|\(\?.|[()|*+?^$]")
 # What may come several times counts so often.
 _REPEATED, _REPEATS = frozenset(("items", "additionalProperties", "patternProperties")), 4
 # An untyped value may nest so deep.

@@ -10,12 +10,12 @@ import re
 from typing import Any
 from urllib.parse import quote, unquote
 
+from chunkllama.digits import whole_number
 from chunkllama_server.api.common.schema_keywords import map_parts
 
 Steps = tuple[str, ...]
 # References that are written as they are read.
 _PLAIN = re.compile(r"#(?:/[A-Za-z0-9._$-]*)*")
-_INDEX = re.compile(r"[0-9]{1,9}")  # of a list: int() refuses thousands of digits
 _DEFINITIONS = frozenset(("$defs", "definitions"))
 
 
@@ -48,8 +48,9 @@ def _steps(reference: str) -> Steps | None:
 
 def _walk(node: Any, steps: Steps) -> Any:
     for step in steps:
-        if isinstance(node, list) and _INDEX.fullmatch(step) and int(step) < len(node):
-            node = node[int(step)]
+        if isinstance(node, list):
+            index = whole_number(step)
+            node = node[index] if index is not None and index < len(node) else None
         else:
             node = node.get(step) if isinstance(node, dict) else None
     return node

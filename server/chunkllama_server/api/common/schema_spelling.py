@@ -31,7 +31,7 @@ _COUNTS = frozenset(
 _NUMBERS = _COUNTS | {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
-_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,9})?")
+_NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,9})?")
 # What stays around a schema that becomes an alternative: references lead to it.
 _OUTER = frozenset(("$defs", "definitions", "$schema", "$id", "title", "description", "default"))
 

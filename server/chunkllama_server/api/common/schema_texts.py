@@ -62,7 +62,7 @@ _KNOWN: Mapping[str, str] = {
 }
 # Of pydantic before 2.14, for a Decimal: a digit is demanded by look-ahead.
 _DECIMAL = r"^(?!^[-+.]*$)[+-]?0*"
-_DIGITS = re.compile(r"\\d\{0,(\d+)\}")
+_DIGITS = re.compile(r"\\d\{0,([0-9]+)\}")
 
 
 def enforceable(pattern: str) -> str | None:
