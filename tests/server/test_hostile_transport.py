@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ from chunkllama_server.transport.host_check import is_allowed_host, is_loopback
 LIMITS = HttpLimits(
     header_seconds=600.0,
     write_seconds=0.4,
-    half_close_seconds=1.0,
+    half_close_seconds=0.5,
     linger_seconds=2.0,
     max_connections=8,
     max_peer_connections=6,
@@ -236,6 +237,62 @@ def test_a_half_closed_request_is_answered(limited) -> None:
         sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         sock.shutdown(socket.SHUT_WR)
         assert read_all(sock).startswith(b"HTTP/1.1 200")
+
+
+def completion(version: bytes = b"1.1", prompt: str = "say(ab)yas") -> bytes:
+    body = json.dumps({"model": "alias", "prompt": prompt, "max_tokens": 5}).encode()
+    head = b"POST /v1/completions HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head % version + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_half_closed_request_waits_for_its_answer(limited, version) -> None:
+    """As long as that takes: here, the time of four probes."""
+    limited.engine.reset()
+    limited.engine.gate.clear()
+    with connect(limited) as sock:
+        sock.sendall(completion(version))
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(4 * LIMITS.half_close_seconds)
+        limited.engine.gate.set()
+        answer = http.client.HTTPResponse(sock)
+        answer.begin()
+        assert answer.status == 200 and json.load(answer)["choices"][0]["text"] == "ab"
+
+
+def test_probes_are_interim_responses_to_http_1_1_alone(limited) -> None:
+    for version, probes in ((b"1.1", True), (b"1.0", False)):
+        limited.engine.reset()
+        limited.engine.gate.clear()
+        with connect(limited) as sock:
+            sock.sendall(completion(version))
+            sock.shutdown(socket.SHUT_WR)
+            time.sleep(2.5 * LIMITS.half_close_seconds)
+            limited.engine.gate.set()
+            answer = read_all(sock)
+        interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+        num_probes = answer.count(interim)
+        assert bool(num_probes) is probes
+        assert answer[num_probes * len(interim) :].startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_request_whose_client_has_left_is_cancelled(limited, version) -> None:
+    limited.engine.reset()
+    limited.engine.gate_at = 1  # the request runs, and its first delta is no response yet
+    limited.engine.gate.clear()
+    with connect(limited) as sock:
+        sock.sendall(completion(version))
+        sock.shutdown(socket.SHUT_WR)
+        if version == b"1.0":  # as the kernel answers once it has forgotten the connection
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        while not limited.engine.live:
+            time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    while not limited.engine.aborted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(limited.engine.aborted) == 1
+    limited.engine.gate.set()
 
 
 def test_a_half_closed_incomplete_request_is_dropped(limited) -> None:

@@ -73,8 +73,9 @@ class LimitsConfig(ConfigGroup):
         75, "seconds", "anyone", "closed", "Idle time of a connection between two requests.", gt=0
     )
     half_close_seconds: float = limit(
-        2.5, "seconds", "anyone", "closed",
-        "Time in which the response must begin to a client that has closed its sending side.",
+        1.0, "seconds", "anyone", "closed",
+        "Time between interim responses (100) to a client that has closed its sending side, until "
+        "the response begins; they show whether it has left.",
         gt=0,
     )  # fmt: skip
     stream_stall_seconds: float = limit(

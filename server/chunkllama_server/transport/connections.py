@@ -39,8 +39,8 @@ class HttpLimits:
         body_rate: bytes a second at which a body must arrive at least.
         write_seconds: without the peer reading a byte of what waits for it; then the connection is
             aborted.
-        half_close_seconds: a peer that closed its sending side waits at most this long for the
-            response to begin; it may have left altogether, which looks the same.
+        half_close_seconds: between interim responses to a peer that closed its sending side, until
+            the response begins; it may have left altogether, which looks the same until then.
         linger_seconds, linger_bytes: how much of a body, or of what follows headers that cannot be
             parsed, is read and dropped behind a refusal, so that the refusal can be read; not over
             TLS.
@@ -59,7 +59,7 @@ class HttpLimits:
     body_seconds: float = 30.0
     body_rate: int = 16 << 10
     write_seconds: float = 30.0
-    half_close_seconds: float = 2.5
+    half_close_seconds: float = 1.0
     linger_seconds: float = 10.0
     linger_bytes: int = 256 << 20
     send_buffer_bytes: int = 128 << 10

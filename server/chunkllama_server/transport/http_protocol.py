@@ -28,6 +28,9 @@ from chunkllama_server.transport.paths import canonical_path
 __all__ = ["HttpLimits", "LimitedH11Protocol", "counting_listener", "make_protocol"]
 
 
+# The interim response that clients skip most widely.
+_CONTINUE = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+_KEEP_ALIVE_SECONDS = 5
 _SMALL_CHUNKS = "The body has too many small chunks"
 _LARGE_HEADERS = "The headers are too large"
 _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
@@ -174,7 +177,7 @@ class LimitedH11Protocol(H11Protocol):
         self.cycle.keep_alive = False
         if not self.cycle.response_started:
             self._stop_clock()
-            self._arrival = self.loop.call_later(self.limits.half_close_seconds, self._left)
+            self._arrival = self.loop.call_later(self.limits.half_close_seconds, self._probe)
         return True
 
     def _should_upgrade(self) -> bool:
@@ -301,11 +304,26 @@ class LimitedH11Protocol(H11Protocol):
             self._arrival.cancel()
             self._arrival = None
 
-    def _left(self) -> None:
-        """The sending side has been closed for long and no answer has begun."""
+    def _probe(self) -> None:
+        """Find out whether a peer that has closed its sending side still waits for its answer.
+
+        The kernel of one that has left resets the connection at the first bytes. To a client of
+        HTTP/1.0 none may be sent: its kernel is asked, and forgets the connection after a minute.
+        """
         self._arrival = None
-        if not self.cycle.response_started:
+        if self.cycle.response_started or self.transport.is_closing():
+            return
+        sock = self.transport.get_extra_info("socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.abort()
+            return
+        if self.conn.their_http_version == b"1.0":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+                sock.setsockopt(socket.IPPROTO_TCP, option, _KEEP_ALIVE_SECONDS)
+        else:
+            self.transport.write(self.conn.send(_CONTINUE) or b"")
+        self._arrival = self.loop.call_later(self.limits.half_close_seconds, self._probe)
 
     def _too_slow(self) -> None:
         self._arrival = None
