@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from chunkllama.backends.base import Backend, KVCache
 from chunkllama.engine.adapter_rows import RunnerAdapters
 from chunkllama.engine.draft_model import DraftModel
 from chunkllama.engine.logprobs import token_logprobs
-from chunkllama.engine.sequence_state import SequenceState
+from chunkllama.engine.sequence_state import AllowedTokens, SequenceState
 from chunkllama.engine.step_model import StepModel
 from chunkllama.engine.step_sampler import StepSampler
 from chunkllama.errors import ChunkLlamaError, ConfigError
@@ -61,6 +62,8 @@ class ModelRunner:
         self.spec = step_model.spec
         self.step_model = step_model
         self._sequences: dict[int, SequenceState] = {}
+        # What choices of a request, and equal requests, share while one of them runs.
+        self._allowed: WeakValueDictionary[tuple[int, ...], AllowedTokens] = WeakValueDictionary()
         self.adapters = RunnerAdapters(step_model)
         self.draft_model: DraftModel | None = None
         self._sampler = StepSampler(
@@ -189,7 +192,10 @@ class ModelRunner:
             output_token_ids=[int(token) for token in new.output_token_ids],
             pooling=new.pooling,
             adapter=new.adapter,
+            allowed=self._allowed.get(new.sampling.allowed_token_ids),
         )
+        if state.allowed is not None:
+            self._allowed[new.sampling.allowed_token_ids] = state.allowed
         if new.sampling.grammar is not None:
             self._start_matcher(state, new.max_tokens)
         return state

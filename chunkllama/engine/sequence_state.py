@@ -22,6 +22,23 @@ from chunkllama.sampling_params import SamplingParams
 logger = init_logger(__name__)
 
 
+class AllowedTokens:
+    """``allowed_token_ids`` of a request: its choices, and their rows behind guesses, share the
+    mask."""
+
+    def __init__(self, token_ids: tuple[int, ...]) -> None:
+        self._token_ids = token_ids
+        self._mask: NDArray[np.int32] | None = None
+
+    def mask(self, num_words: int) -> NDArray[np.int32]:
+        """Mask [num_words] of those tokens that fit in it, made once; nobody changes it."""
+        if self._mask is None:
+            ids = np.array(self._token_ids, np.int64)
+            self._mask = mask_of(ids[(ids >= 0) & (ids < 32 * num_words)], num_words)
+            self._mask.flags.writeable = False
+        return self._mask
+
+
 @dataclass(slots=True)
 class SequenceState:
     """One sequence: its parameters and history.
@@ -42,6 +59,7 @@ class SequenceState:
         pooled: [H] float64 sum (mean pooling) or last hidden state, over the rows seen so far.
         hidden: [H] final hidden state of a row that is sampled in a later step.
         adapter: that it uses; None is the base model.
+        allowed: the request's ``allowed_token_ids``, made here unless given; None without any.
     """
 
     sampling: SamplingParams
@@ -63,16 +81,15 @@ class SequenceState:
     pooled: torch.Tensor | None = field(default=None, repr=False)
     hidden: torch.Tensor | None = field(default=None, repr=False)
     adapter: AdapterUse | None = None
-    _allowed: NDArray[np.int32] | None = field(default=None, repr=False)
+    allowed: AllowedTokens | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.allowed is None and self.sampling.allowed_token_ids:
+            self.allowed = AllowedTokens(self.sampling.allowed_token_ids)
 
     def allowed_mask(self, num_words: int) -> NDArray[np.int32] | None:
-        """Mask [num_words] of those of ``allowed_token_ids`` that fit in it, made once; None where
-        the request allows every token.
-        """
-        if self._allowed is None and self.sampling.allowed_token_ids:
-            ids = np.array(self.sampling.allowed_token_ids, np.int64)
-            self._allowed = mask_of(ids[(ids >= 0) & (ids < 32 * num_words)], num_words)
-        return self._allowed
+        """Mask [num_words] of the tokens that the request allows; None where it allows all."""
+        return None if self.allowed is None else self.allowed.mask(num_words)
 
     def banned_ids(self, eos_token_ids: Iterable[int]) -> Iterator[int]:
         """Yield the tokens that ``min_tokens`` and ``bad_words`` forbid as the next.

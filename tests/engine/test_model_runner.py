@@ -227,6 +227,15 @@ def test_a_slot_freed_and_taken_in_one_step_is_the_new_sequence(runner: ModelRun
     assert again.token_ids == {0: 6}
 
 
+def test_choices_share_the_mask_of_allowed_tokens(runner: ModelRunner) -> None:
+    states = [
+        runner._new_state(new(slot, [5, 6], allowed_token_ids=ids))
+        for slot, ids in enumerate(((3, 40), (3, 40), (3, 41), ()))
+    ]
+    masks = [state.allowed_mask(4) for state in states]
+    assert masks[0] is masks[1] and masks[0] is not masks[2] and masks[3] is None
+
+
 def test_a_grammar_without_a_tokenizer_fails_its_request_only(runner: ModelRunner) -> None:
     grammar = GrammarSpec(kind="choice", text='["a"]')
     result = step(

@@ -10,6 +10,7 @@ import torch
 
 from chunkllama.backends.philox import gumbels, philox4x32
 from chunkllama.backends.reference.backend import ReferenceBackend
+from chunkllama.engine import sequence_state
 from chunkllama.engine.sampler import Sampled, Sampler, takes_best
 from chunkllama.engine.sequence_state import SequenceState
 from chunkllama.sampling_params import GrammarSpec, SamplingParams
@@ -357,3 +358,16 @@ def test_sizes_that_are_no_multiple_of_anything() -> None:
         logits = torch.zeros(3, size)
         rows = [state(index=i, top_p=0.9999) for i in range(3)]
         assert all(0 <= s.token_id < size for s in sample(logits, *rows))
+
+
+def test_the_mask_of_allowed_tokens_is_made_once(monkeypatch) -> None:
+    """Rows behind guesses share it, whichever of them is asked first."""
+    made = []
+    mask_of = sequence_state.mask_of
+    monkeypatch.setattr(sequence_state, "mask_of", lambda *given: made.append(1) or mask_of(*given))
+    first = state(allowed_token_ids=(3, 40))
+    first.drafts = [3, 40, 3]
+    rows = [first.after_drafts(count) for count in (3, 2, 1)]
+    masks = [row.allowed_mask(2) for row in (*rows, first)]
+    assert made == [1] and all(mask is masks[0] for mask in masks)
+    assert masks[0].tolist() == [1 << 3, 1 << 8]
