@@ -123,14 +123,20 @@ def serve(  # noqa: PLR0913 - one parameter a flag
     return 1 if any(outcome.error for run in runs for outcome in run.outcomes) else 0
 
 
+def _count(text: str) -> int:
+    count = whole_number(text.strip())
+    if count is None:
+        raise ValueError(f"{text!r} is no number")
+    return count
+
+
 def _points(base: Workload, concurrency: str, rate: str) -> list[Workload]:
     """Return one workload per requested load, each with different texts."""
     try:
         if rate:
             points = [replace(base, rate=float(value)) for value in rate.split(",")]
         else:
-            counts = [whole_number(text.strip()) or 0 for text in concurrency.split(",")]
-            points = [replace(base, concurrency=count) for count in counts]
+            points = [replace(base, concurrency=_count(text)) for text in concurrency.split(",")]
     except ValueError:
         raise ConfigError("concurrency, rate: numbers are needed, separated by commas") from None
     loads = [point.concurrency if point.rate is None else point.rate for point in points]
