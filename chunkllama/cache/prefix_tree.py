@@ -244,8 +244,10 @@ class PrefixTree:
                 self._change_use(edge, 1, ChunkState.REFERENCED, ChunkState.CACHED)
                 self.tick += len(edge.nodes)
                 edge.released_at = self.tick + edge.nodes[0].depth
-                if not self.awaited.isdisjoint(edge.nodes):
-                    self.progress.update(dict.fromkeys(self.awaited.intersection(edge.nodes)))
+                if self.awaited:  # in the order of the path: a run is to be repeatable
+                    self.progress.update(
+                        dict.fromkeys(node for node in edge.nodes if node in self.awaited)
+                    )
                 self._push_if_leaf(last)
             join_below(last)
         return seconds

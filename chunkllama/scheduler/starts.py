@@ -49,7 +49,8 @@ class Starts:
         self._limits = limits
         self._pace = pace
         self._take = take
-        self._awaited: dict[Node, set[tuple[Node, int]]] = {}  # reasons to wait for leaders
+        # Reasons to wait for leaders, in the order in which they came up.
+        self._awaited: dict[Node, dict[tuple[Node, int], None]] = {}
         self._reads: dict[Promotion, str] = {}  # with the tenant whose prompt began it
         self._clocks: Clocks | None = None
         self._headroom: Headroom | None = None
@@ -135,10 +136,10 @@ class Starts:
         """Return the followers whose wait is over to the order; the step may compute the chunk."""
         waiting = self._lifecycle.waiting
         for node in self._cache.take_progress():
-            reasons = self._awaited.get(node, set())
+            reasons = self._awaited.get(node, {})
             for reason in [r for r in reasons if not self._cache.is_pending_node(*r)]:
                 waiting.unpark(reason)
-                reasons.remove(reason)
+                del reasons[reason]
             if not reasons:
                 self._cache.tree.awaited.discard(node)
                 self._awaited.pop(node, None)
@@ -159,7 +160,7 @@ class Starts:
             shared = node.depth * self._cache.chunk_size + tokens
             self._lifecycle.waiting.park_alike(sequence, shared, match.pending)
             self._cache.tree.awaited.add(node)
-            self._awaited.setdefault(node, set()).add(match.pending)
+            self._awaited.setdefault(node, {})[match.pending] = None
         return True
 
     def _wait_for_tier(self, sequence: Sequence, match: Match) -> Wait | None:

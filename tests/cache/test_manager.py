@@ -251,6 +251,15 @@ class TestAbandoned:
         driver.assert_tree("ab #0")
         assert not driver.cache.is_pending_node(*match.pending)
 
+    def test_progress_comes_in_the_order_of_the_path(self) -> None:
+        """Not in that of addresses in memory, which would make a run unrepeatable."""
+        driver = CacheDriver(num_chunks=64)
+        leader = driver.start("abcd" * 50)
+        path = list(leader.chunks.path)
+        driver.cache.tree.awaited.update(path)
+        leader.release()
+        assert [node.depth for node in driver.cache.take_progress()] == list(range(50))
+
 
 class TestForks:
     def test_whole_nodes_are_shared_and_the_tail_copied(self, driver: CacheDriver) -> None:
