@@ -28,9 +28,9 @@ OTHER_PATHS = {
 
 
 @pytest.fixture
-def full(start_server) -> Iterator[object]:
-    """A server whose only place is taken."""
-    server = start_server(max_num_seqs=1, max_waiting=0)
+def full(start_server, request: pytest.FixtureRequest) -> Iterator[object]:
+    """A server whose only place is taken; a parameter is its root path."""
+    server = start_server(max_num_seqs=1, max_waiting=0, root_path=getattr(request, "param", ""))
     server.engine.reset()
     server.engine.gate.clear()
     body = {"model": MODEL, "prompt": "say(ab)yas", "max_tokens": 2}
@@ -50,6 +50,15 @@ def test_a_body_is_not_read_where_no_place_is_left(full, path: str) -> None:
     assert refused.status_code in (429, 529), refused.text
     assert "sequences are running or waiting" in refused.text
     assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("full", ["/llm"], indirect=True)
+@pytest.mark.parametrize("root", ["", "/llm"])
+def test_a_path_may_begin_with_the_root_path(full, root: str) -> None:
+    """A proxy removes it, or leaves it."""
+    for path in ("/v1/chat/completions", "/chat/completions/", "/api/chat", "/"):
+        refused = httpx.post(f"{full.url}{root}{path}", content=b'{"never": [read', timeout=600)
+        assert refused.status_code == 429, (path, refused.text)
 
 
 def test_what_needs_no_place_is_answered(full) -> None:

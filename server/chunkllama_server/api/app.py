@@ -312,6 +312,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     assert isinstance(context.engine, ChargedEngine)
     app.add_middleware(
         FullQueueMiddleware,
+        root_path=settings.root_path,
         check=context.engine.check_places,
         on_rejection=context.metrics.reject_tenant,
     )

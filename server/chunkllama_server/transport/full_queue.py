@@ -11,7 +11,7 @@ from chunkllama.errors import OverloadedError
 from chunkllama_server.transport.errors import as_api_error
 from chunkllama_server.transport.request_context import request_info
 
-# Every request to these runs the model, so each needs a place.
+# Requests to these need a place, but for Ollama's without a prompt or a text, which are few.
 QUEUED_PATHS: Final = frozenset(
     (
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
@@ -28,6 +28,7 @@ class FullQueueMiddleware:
     under an overload nearly every request is refused.
 
     Args:
+        root_path: that paths may begin with.
         check: raises an error where no request of a tenant would be taken.
         on_rejection: called with the tenant and the reason.
     """
@@ -35,15 +36,17 @@ class FullQueueMiddleware:
     def __init__(
         self,
         app: ASGIApp,
+        root_path: str,
         check: Callable[[str], None],
         on_rejection: Callable[[str, str], None],
     ) -> None:
         self._app = app
+        self._paths = QUEUED_PATHS | {f"{root_path}{path}" for path in QUEUED_PATHS}
         self._check = check
         self._on_rejection = on_rejection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in QUEUED_PATHS:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._paths:
             tenant = request_info(scope).tenant
             try:
                 self._check(tenant)
