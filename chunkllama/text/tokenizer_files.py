@@ -30,9 +30,16 @@ _NAMED_TOKENS: Final = (
 
 # Characters that a normalizer may make of one; NFKD, which makes most, makes 18.
 _MOST_GROWTH: Final = 64
-# A regular expression of one alternative that begins with a character it needs: it matches no "".
+# A part of a regular expression that is a character: no class in another one, nothing that moves
+# the beginning of the match or matches between characters.
+_CHARACTER: Final = (
+    r"(?:\[\^?+\]?+(?:\\.|[^\[\]\\])*+\]|\\(?:[sSdDwWnrt]|[pP]\{\w+\}|[^\w])|[^\\\[\](){}.*+?^$|])"
+)
+# One that begins with a character it needs, so that it matches no "": of repeats of repeats, whose
+# meaning depends on the dialect, it has none.
 _ONE: Final = re.compile(
-    r"(?:\[\^?\]?(?:\\.|[^\]\\])*\]|\\[sSdDwW]|\\[pP]\{\w+\}|[^\\\[\](){}.*+?^$|])(?![*?]|\{[0,])[^|]*\Z",
+    rf"{_CHARACTER}(?:\+|\{{[1-9]\d*(?:,(?:[1-9]\d*)?)?\}})?+"
+    rf"(?:{_CHARACTER}(?:[*+?]|\{{\d+(?:,\d*)?\}})?+)*+",
     re.DOTALL,
 )
 _MOST_AROUND: Final = 64  # tokens that a post-processor may put around a text
@@ -137,7 +144,7 @@ def _growth(step: dict[str, Any]) -> int:
             return 1 + len(step["prepend"])
         case "Replace":
             pattern, made = step["pattern"], len(step["content"])
-            found = len(pattern.get("String", "")) or bool(_ONE.match(pattern.get("Regex", "")))
+            found = len(pattern.get("String", "")) or bool(_ONE.fullmatch(pattern.get("Regex", "")))
             return max(-(-made // found), 1) if found else 1 + made
         case "Precompiled":
             return _longest_text(base64.b64decode(step["precompiled_charsmap"]))

@@ -192,11 +192,23 @@ def test_normalizers_that_lengthen_texts_without_bound_are_refused(steps, folder
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "regex", ["a{1}*", "a+*", "a{1}?", "a{1,0}", "[]a]*", "[a[b]]*", r"a\K", "ab{2}??+*|", r"\R*"]
+)
+def test_regular_expressions_that_may_match_between_characters_are_refused(
+    regex: str, folder: Path
+) -> None:
+    """Oniguruma reads repeats of repeats, and what begins with [] or has [ in a class."""
+    _normalized_by(folder, *[_replace({"Regex": regex}, "x")] * 7)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: the normalizer .* at most 64"):
+        load_tokenizer(folder)
+
+
 def test_normalizers_of_models_are_accepted(folder: Path) -> None:
     space = _replace({"String": " "}, "\u2581")
     _normalized_by(folder, {"type": "Prepend", "prepend": "\u2581"}, space, {"type": "NFKC"})
     assert load_tokenizer(folder).encode("a b")
-    regexes = (" {2,}", r"\s+", r"[\n\r]+", r"[^\]a]", "\u200b", r"\p{Zs}{1,9}", "''")
+    regexes = (" {2,}", r"\s+", r"[\n\r]+", r"[^\]a]", "\u200b", r"\p{Zs}{1,9}", "''", r"\.{3,}b*")
     _normalized_by(folder, *(_replace({"Regex": regex}, " ") for regex in regexes))
     assert load_tokenizer(folder).encode("a b")
     _normalized_by(folder, _precompiled("a", "\u00e9" * 64))  # of two bytes each
