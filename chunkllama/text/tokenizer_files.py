@@ -30,6 +30,11 @@ _NAMED_TOKENS: Final = (
 
 # Characters that a normalizer may make of one; NFKD, which makes most, makes 18.
 _MOST_GROWTH: Final = 64
+# And what these make of one at most; one of them is in many models beside other steps.
+_FORMS: Final = {
+    **{"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18},
+    **{"Lowercase": 2, "BertNormalizer": 3, "ByteLevel": 4},
+}
 # A part of a regular expression that is a character: no class in another one, nothing that moves
 # the beginning of the match or matches between characters.
 _CHARACTER: Final = (
@@ -134,12 +139,23 @@ def _load_json(
     return backend
 
 
-def _growth(step: dict[str, Any]) -> int:
-    """Return the characters that a step of a normalizer makes of one, at most; those of Unicode's
-    forms are not counted."""
-    match step.get("type"):
-        case "Sequence":
-            return math.prod(_growth(each) for each in step["normalizers"])
+def _growth(normalizer: dict[str, Any]) -> int:
+    """Return the characters that a normalizer makes of one, at most; of the ``_FORMS``, which only
+    together or with other steps have no bound, the largest is not counted."""
+    steps = _steps(normalizer)
+    free = max((_FORMS.get(str(step.get("type")), 1) for step in steps), default=1)
+    return math.prod(map(_growth_of_step, steps)) // free
+
+
+def _steps(normalizer: dict[str, Any]) -> list[dict[str, Any]]:
+    if normalizer.get("type") != "Sequence":
+        return [normalizer]
+    return [step for each in normalizer["normalizers"] for step in _steps(each)]
+
+
+def _growth_of_step(step: dict[str, Any]) -> int:
+    """Return the characters that a step of a normalizer makes of one, at most; at least 1."""
+    match kind := step.get("type"):
         case "Prepend":
             return 1 + len(step["prepend"])
         case "Replace":
@@ -147,15 +163,15 @@ def _growth(step: dict[str, Any]) -> int:
             found = len(pattern.get("String", "")) or bool(_ONE.fullmatch(pattern.get("Regex", "")))
             return max(-(-made // found), 1) if found else 1 + made
         case "Precompiled":
-            return _longest_text(base64.b64decode(step["precompiled_charsmap"]))
-    return 1
+            return max(_longest_text(base64.b64decode(step["precompiled_charsmap"])), 1)
+    return _FORMS.get(str(kind), 1)
 
 
 def _longest_text(table: bytes) -> int:
     """Return the characters of the longest text in sentencepiece's table of characters: the length
     of a trie as u32, the trie, and the texts, each followed by a zero."""
     end = 4 + int.from_bytes(table[:4], "little")
-    return max((len(text.decode(errors="replace")) for text in table[end:].split(b"\0")), default=1)
+    return max(len(text.decode(errors="replace")) for text in table[end:].split(b"\0"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -166,6 +166,10 @@ def _precompiled(*texts: str) -> dict[str, object]:
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
 
 
+_BERT = dict.fromkeys(("clean_text", "strip_accents", "lowercase"), False)
+_BERT["handle_chinese_chars"] = True
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -179,10 +183,15 @@ def _precompiled(*texts: str) -> dict[str, object]:
         [_replace({"Regex": "a|"}, "x")] * 7,
         [_replace({"Regex": "(?=a)"}, "x")] * 7,
         [_precompiled("fine", "x" * 65)],
+        [_precompiled(), *[_replace({"String": "a"}, "aa")] * 7],
+        [{"type": "ByteLevel"}] * 6,
+        [{"type": "NFKD"}, _replace({"String": " "}, "\ufdfa")] * 3,
+        [{"type": "BertNormalizer", **_BERT}, _replace({"String": " "}, "\u4e2d")] * 6,
     ],
     ids=[
         *("doubled", "nested", "between", "replaced", "prepended", "each prepended"),
         *("blanks or none", "a letter or none", "before a letter", "by a table"),
+        *("behind a table", "as bytes", "decomposed", "spaced"),
     ],
 )
 def test_normalizers_that_lengthen_texts_without_bound_are_refused(steps, folder: Path) -> None:
@@ -212,6 +221,9 @@ def test_normalizers_of_models_are_accepted(folder: Path) -> None:
     _normalized_by(folder, *(_replace({"Regex": regex}, " ") for regex in regexes))
     assert load_tokenizer(folder).encode("a b")
     _normalized_by(folder, _precompiled("a", "\u00e9" * 64))  # of two bytes each
+    load_tokenizer(folder)
+    forms = ("NFKD", "StripAccents", "Lowercase")
+    _normalized_by(folder, *({"type": form} for form in forms), _precompiled("x" * 18))
     load_tokenizer(folder)
 
 
