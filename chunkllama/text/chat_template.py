@@ -198,7 +198,7 @@ class ChatTemplate:
         last = chat[-1]
         final = _mark_final(chat) if continue_final_message else ""
         text = self._fill(chat, tools, template_kwargs, add_generation_prompt)
-        if continue_final_message and final.strip() not in text:
+        if continue_final_message and not _holds_final(text, final):
             # Some templates drop all before the end of a thought, here what is to be continued.
             chat[-1] = last
             _mark_final(chat, stands_for_text=True)
@@ -376,6 +376,12 @@ def _mark_final(chat: list[dict[str, Any]], *, stands_for_text: bool = False) ->
     raise InvalidRequestError(
         "continue_final_message needs text in the last message", "continue_final_message"
     )
+
+
+def _holds_final(text: str, final: str) -> bool:
+    """Tell whether all of the last message stands before the tag; white space may differ."""
+    before, tag, _ = text.rpartition(_CONTINUE.strip())
+    return bool(tag) and "".join(before.split()).endswith("".join(final.split()))
 
 
 def _cut_final(text: str) -> str:

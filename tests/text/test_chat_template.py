@@ -102,6 +102,38 @@ def test_what_a_template_would_drop_of_the_last_message_is_continued(content, fo
         assert ids.count(tokenizer.token_id("<|im_end|>")) == 1, "that of the user's message"
 
 
+def test_a_last_message_that_an_earlier_one_quotes_is_continued_whole(folders):
+    """Its text stands in the prompt, but not at the end."""
+    tokenizer, _ = load(folders["chatml"])
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content.split('#')[-1] if loop.last else m.content }}|"
+        "{% endfor %}",
+        tokenizer,
+    )
+    text = "It is #so"
+    chat = [{"role": "user", "content": f"Go on: {text}"}, {"role": "assistant", "content": text}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert template.render(chat, **options) == f"Go on: {text}|{text}"
+
+
+@pytest.mark.parametrize("content", ["<think>a</think>so", "<think>\na\n</think>\n\nso", "so"])
+def test_thoughts_that_a_template_writes_in_its_own_way_are_written_once(content, folders):
+    """Qwen3's takes them out of the text, and writes a block of thoughts in any case."""
+    tokenizer, _ = load(folders["chatml"])
+    template = ChatTemplate(
+        "{% for m in messages %}{% set parts = m.content.split('</think>') %}{{ m.role }}: "
+        "{% if loop.last %}<think>\n{{ parts[0].split('<think>')[-1].strip('\n') "
+        "if parts | length > 1 else '' }}\n</think>\n\n{% endif %}"
+        "{{ parts[-1].lstrip('\n') }}\n{% endfor %}",
+        tokenizer,
+    )
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    thought = "" if content == "so" else "a"
+    expected = f"user: Hi\nassistant: <think>\n{thought}\n</think>\n\nso"
+    assert template.render(chat, **options) == expected
+
+
 def test_tools_reach_the_template(folders):
     from transformers import AutoTokenizer
 
