@@ -84,6 +84,7 @@ def run_area(area: str, seed: int) -> tuple[bool, list[str] | None]:
         results = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-m", "nightly", f"--junit-xml={results}"]
         command += ["-o", "junit_family=xunit1"]  # names the files
+        command += ["--continue-on-collection-errors"]
         if area not in ALONE:
             command += ["-n", "logical", "--maxprocesses", "4"]
             command += ["--dist", "worksteal" if area in FEW_FILES else "loadfile"]

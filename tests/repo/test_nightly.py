@@ -64,6 +64,17 @@ def test_a_rerun_of_an_area_replaces_its_section_alone(nightly) -> None:
     assert first.partition("== soak ==")[2] == second.partition("== soak ==")[2]
 
 
+def test_a_file_that_cannot_be_read_fails_its_area_and_stops_no_other_file(nightly) -> None:
+    for name in ("cluster", "cluster_configuration"):
+        write_test(nightly.ROOT, f"system/test_{name}.py", "assert True")
+    assert nightly.main(["7", "cluster"]) == 0
+    (nightly.ROOT / "tests" / "system" / "test_cluster.py").write_text("import no_such_module\n")
+    assert nightly.main(["8", "cluster"]) == 1
+    second = report(nightly)
+    assert "seed: 8" in second and "tests: 1 passed, 1 failed, 0 skipped" in second
+    assert "failed: tests/system/test_cluster.py" in second
+
+
 def test_a_run_that_does_not_end_leaves_the_section(nightly, capsys) -> None:
     assert nightly.main(["7", "soak"]) == 0
     before = report(nightly)
