@@ -78,7 +78,7 @@ class FirstTokens:
         """Return what this step may start, if it is a short one."""
         was_short, self._last_was_short = self._last_was_short, False
         if was_short:
-            self._until, self._short_seconds = self._pace.started + LATELY, self._pace.last_seconds
+            self._short_seconds = self._pace.last_seconds
         if self._until:
             self._limit_next_wait()
         accounts, waiting = self._lifecycle.accounts, self._lifecycle.waiting
@@ -121,3 +121,4 @@ class FirstTokens:
     def end_short_step(self) -> None:
         """Note that the step has started prompts of arriving tenants alone."""
         self._last_was_short = True
+        self._until = self._pace.started + LATELY

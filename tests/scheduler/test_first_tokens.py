@@ -162,6 +162,28 @@ def test_at_most_every_second_step_is_short() -> None:
     run.check_outputs()
 
 
+def test_steps_that_come_long_after_a_short_one_take_any_time() -> None:
+    """All requests left behind it, and nothing ran meanwhile."""
+    rng = random.Random(4)
+    run = engine(cost=DEFAULT_COST)
+    for _ in range(20):
+        run.add(tokens(rng, 3000), 40, tenant="a", namespace="a")
+    for _ in range(12):
+        run.step()
+    run.add(tokens(rng, 20), 1, tenant="b", namespace="b")
+    run.schedule()
+    assert tenants_of(run) == {"b"}
+    run.commit()
+    for name in run.requests:
+        run.scheduler.abort(name)
+    run.now += 3600
+    for _ in range(100):
+        run.add(tokens(rng, 3000), 40, tenant="a", namespace="a")
+    output = run.schedule()
+    assert output is not None and output.num_tokens == 512
+    run.commit()
+
+
 @pytest.mark.parametrize(
     ("count", "others"),
     [
