@@ -16,20 +16,11 @@ from pathlib import Path
 import gguf
 import torch
 from gguf import GGMLQuantizationType
+from quality_shape import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, SHAPES, VOCAB
 
 from chunkllama.models.loading.hub import resolve_model
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCAB, CONTEXT = 2048, 5632, 22, 32000, 8192
-HEADS, KV_HEADS, HEAD_DIM = 32, 4, 64
-LAYER = {
-    "attn_q": (HEADS * HEAD_DIM, HIDDEN),
-    "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "attn_output": (HIDDEN, HEADS * HEAD_DIM),
-    "ffn_gate": (INTERMEDIATE, HIDDEN),
-    "ffn_up": (INTERMEDIATE, HIDDEN),
-    "ffn_down": (HIDDEN, INTERMEDIATE),
-}
+CONTEXT = 8192
 
 
 def add_matrix(writer: gguf.GGUFWriter, name: str, rows: int, columns: int) -> None:
@@ -78,8 +69,9 @@ def main() -> None:
     for layer in range(LAYERS):
         for norm in ("attn_norm", "ffn_norm"):
             add_norm(writer, f"blk.{layer}.{norm}")
-        for name, (rows, columns) in LAYER.items():
-            add_matrix(writer, f"blk.{layer}.{name}", rows, columns)
+        for name, (rows, columns) in SHAPES.items():
+            part = "ffn" if name in ("gate", "up", "down") else "attn"
+            add_matrix(writer, f"blk.{layer}.{part}_{name}", rows, columns)
     add_norm(writer, "output_norm")
     add_matrix(writer, "output", VOCAB, HIDDEN)
     writer.write_header_to_file()

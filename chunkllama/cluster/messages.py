@@ -52,7 +52,7 @@ class Dropped(msgspec.Struct, kw_only=True, tag="dropped"):
 
     Attributes:
         tenant: whose chunks were dropped; None: no tenant's.
-        drop_id: the command's; every replica tells of a drop, which is heard of once. 0: none.
+        drop_id: of the command. Each replica reports the drop, of which one is applied. 0: none.
         ended_pins: pins that were ended.
     """
 

@@ -31,7 +31,7 @@ class AllowedTokens:
         self._mask: NDArray[np.int32] | None = None
 
     def mask(self, num_words: int) -> NDArray[np.int32]:
-        """Mask [num_words] of those tokens that fit in it, made once; nobody changes it."""
+        """Mask [num_words] of those tokens that fit in it, made once and read-only."""
         if self._mask is None:
             ids = np.array(self._token_ids, np.int64)
             self._mask = mask_of(ids[(ids >= 0) & (ids < 32 * num_words)], num_words)

@@ -196,7 +196,7 @@ def test_a_dropped_tenant_is_not_brought_back_by_a_replica_that_joins(other: boo
 
 @pytest.mark.parametrize("other", [False, True])
 def test_the_echo_of_a_drop_undoes_no_newer_pack(other: bool) -> None:
-    """Each replica tells of a drop, the last perhaps after the tenant has come back."""
+    """Each replica reports a drop, the last one perhaps after new requests of the tenant."""
 
     async def scenario(f: Fixture) -> None:
         old = LoadPack(path="/p", namespaces={"": "", "alice": "a"}, template="")
