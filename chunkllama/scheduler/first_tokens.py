@@ -8,11 +8,13 @@ advances in half of the steps at least, and the bound between tenants (``queue.p
 steps, too.
 
 A request also waits for the rest of the step in progress. So, for ``LATELY`` seconds after a short
-step, a step of one tenant that has more requests than run takes at most ``MOST_WAIT`` times as long
+step, a step of one tenant of which ``MANY`` requests wait takes at most ``MOST_WAIT`` times as long
 as the short one. At the median the next request waits for half of that, as long as its own step
 takes, so its first token takes twice as long as without the other tenant. As many more steps read
 the weights, so that tenant computes less meanwhile: half of its steps' time is left to its tokens
-where a short step does little else. ``max_tenant_slowdown`` of 0 turns this off.
+where a short step does little else. A few clients with long prompts are no flood and lose nothing:
+an arrival beside them waits for a step of the usual time. ``max_tenant_slowdown`` of 0 turns this
+off.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from chunkllama.scheduler.tenants import Clocks
 
 MOST: Final = 8  # prompt tokens of the one tenant, over those of the tenants that arrive
 LATELY: Final = 10.0  # seconds after a short step in which another arrival is likely
+MANY: Final = 8  # waiting requests of a tenant that make a flood
 MOST_WAIT: Final = 2.0  # short steps that the step which the next arrival waits for may take
 
 
@@ -109,7 +112,7 @@ class FirstTokens:
             self._until = 0.0
         elif len(busy) == 1:
             (tenant,) = busy
-            if self._lifecycle.waiting.num_ready(tenant):
+            if self._lifecycle.waiting.num_ready(tenant) >= MANY:
                 self._pace.limit_alone(tenant, MOST_WAIT * self._short_seconds)
 
     def _has_most(self, tenant: str, arriving: frozenset[str], prefills: list[Sequence]) -> bool:

@@ -91,7 +91,7 @@ def test_the_first_token_beside_a_flood(
 
 
 @pytest.mark.parametrize(
-    ("flood", "times"), [((200, 100, 60), 1.3), ((60, 3000, 4), 1.25)], ids=["short", "long"]
+    ("flood", "times"), [((200, 100, 60), 1.28), ((60, 3000, 4), 1.25)], ids=["short", "long"]
 )
 def test_what_the_short_waits_cost_the_flood(flood: tuple[int, int, int], times: float) -> None:
     """Its time with 12 probes, which end 10 seconds before the bound does, over that without."""
@@ -128,6 +128,38 @@ def test_the_first_token_where_prompts_take_long(
     }
     alone = median(replay(None, cost, **limits))
     assert round(median(replay(flood, cost, **limits)) / alone, 2) == ratio
+
+
+def rate_of_long_prompts(seconds_between: float | None) -> tuple[float, list[float]]:
+    """Tokens a second of four clients with prompts of 6,000 tokens, and the seconds to the first
+    token of another tenant's prompts of three, which come during a step."""
+    rng = random.Random(1)
+    run = engine(cost=DEFAULT_COST, max_model_len=8000)
+    arrivals: dict[str, float] = {}
+    waits: list[float] = []
+    long: list[str] = []
+    coming = 0.5 if seconds_between else float("inf")
+    while run.now < 60:
+        done = [name for name in long if name in run.first_deltas]
+        long = [name for name in long if name not in done]
+        while len(long) < 4:
+            long.append(run.add(tokens(rng, 6000), 1, tenant="a", namespace="a"))
+        if run.now >= coming:
+            arrivals[run.add(tokens(rng, 3), 1, tenant="b", namespace="b")] = coming
+            coming += seconds_between or 0
+        run.step()
+        for name in [name for name in arrivals if name in run.first_deltas]:
+            waits.append(run.now - arrivals.pop(name))
+    return run.scheduler.stats().prefill_tokens_computed_total / run.now, waits
+
+
+@pytest.mark.parametrize(("seconds", "ratio"), [(0.3, 0.98), (2.0, 1.0), (8.0, 1.0)])
+def test_a_few_clients_with_long_prompts_keep_their_rate(seconds: float, ratio: float) -> None:
+    """Beside another tenant's short prompts, of which each starts in the next step."""
+    alone, _ = rate_of_long_prompts(None)
+    rate, waits = rate_of_long_prompts(seconds)
+    assert round(rate / alone, 2) == ratio
+    assert max(waits) < 0.5 and len(waits) >= 7
 
 
 def engine(**settings: object) -> SimulatedEngine:
